@@ -1,0 +1,84 @@
+"""What the tests share: the scripts as modules, and their command lines run in this process."""
+import functools
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "common"]
+sys.path.insert(0, str(ROOT))
+sys.dont_write_bytecode = True
+common = importlib.import_module("common")
+common.draw_shapes = functools.lru_cache(common.draw_shapes)    # the same pictures for every test
+
+# A whole experiment in a second or two.
+SMALL = ["--dataset", "shapes", "--train-images", "192", "--epochs", "2", "--teacher", "wrn10_1",
+         "--student", "resnet8", "--device", "cpu"]
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    def refused(self) -> str:
+        """The one line of a refusal; fails the test if this is none."""
+        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
+        assert self.err.count("\n") == 1 and self.err.startswith("error: "), self.err
+        assert "Traceback" not in self.out + self.err
+        return self.err
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """cli("kd", "--epochs", "2", ...) -> Result: main() of a script, in this process."""
+    def call(script: str, *flags: object) -> Result:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        capsys.readouterr()
+        code = 0
+        try:
+            importlib.import_module(script).main()
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+    return call
+
+
+def shell(script: str, *flags: object, home: Path = ROOT, cwd: Path = ROOT, **kwargs) -> Result:
+    """The same as a process of its own, as a user starts it; `home` is the script's folder."""
+    done = subprocess.run([sys.executable, "-B", str(home / f"{script}.py"), *map(str, flags)],
+                          capture_output=True, text=True, cwd=cwd, timeout=240, **kwargs)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def state(folder: Path, name: str = "last.pt") -> dict:
+    return torch.load(folder / name, map_location="cpu", weights_only=True)
+
+
+def equal_bits(first: object, second: object) -> bool:
+    """Equal to the bit: tensors, and numbers, in nested dicts and lists."""
+    if isinstance(first, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(
+            equal_bits(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal_bits, first, second))
+    return first == second
+
+
+def result_of(folder: Path) -> dict:
+    """All of a finished run that must come out the same each time; times and paths left out."""
+    kept = state(folder)
+    rows = [{key: value for key, value in row.items() if key not in ("images/s", "seconds")}
+            for row in kept["log"][1:]]
+    return {"model": kept["model"], "optimizer": kept["optimizer"], "log": rows,
+            "settings": kept["log"][0]["settings"]}
+
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")   # the bits are promised on the CPU

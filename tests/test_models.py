@@ -1,0 +1,153 @@
+"""The networks: their sizes to the parameter, and what their taps show."""
+import pytest
+import torch
+from torch import nn
+
+from common import Taps, create_model, model_names
+
+COUNTS = {      # trainable parameters at 10 and at 100 classes, of the reference classes
+    "wrn16_1": (175_066, 180_916), "wrn16_2": (691_674, 703_284),
+    "wrn16_3": (1_549_530, 1_566_900), "wrn16_4": (2_748_890, 2_772_020),
+    "wrn16_8": (10_961_370, 11_007_540), "wrn28_1": (369_498, 375_348),
+    "wrn28_2": (1_467_610, 1_479_220), "wrn28_3": (3_294_042, 3_311_412),
+    "wrn28_4": (5_849_050, 5_872_180), "wrn28_6": (13_144_794, 13_179_444),
+    "wrn40_1": (563_930, 569_780), "wrn40_2": (2_243_546, 2_255_156),
+    "resnet8": (78_042, 83_892), "resnet14": (175_258, 181_108), "resnet20": (272_474, 278_324),
+    "resnet26": (369_690, 375_540), "resnet32": (466_906, 472_756), "resnet44": (661_338, 667_188),
+    "resnet56": (855_770, 861_620), "resnet110": (1_730_714, 1_736_564),
+    "mobilenetv2": (590_026, 647_716)}
+NAMES = ["wrn10_2", "wrn16_1", "wrn16_3", "resnet8", "resnet20", "mobilenetv2"]
+
+
+def test_every_name_has_its_count():
+    assert set(model_names()) == set(COUNTS)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("index, classes", [(0, 10), (1, 100)])
+def test_parameter_count(name, index, classes):
+    with torch.device("meta"):
+        model = create_model(name, classes)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == COUNTS[name][index]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [16, 32])
+def test_taps_have_the_groups_shapes(name, size):
+    model = create_model(name, 7).eval()
+    taps = model(torch.randn(2, 3, size, size), taps=True)
+    sizes = [(size, size), (size // 2, size // 2), (size // 4, size // 4)]
+    assert isinstance(taps, Taps) and taps.logits.shape == (2, 7)
+    assert [tuple(x.shape[-2:]) for x in taps.entries] == sizes
+    assert [tuple(x.shape[-2:]) for x in taps.stages] == sizes
+    assert [tuple(x.shape[-2:]) for x in taps.pre_relu] == sizes
+    assert [x.shape[1] for x in taps.stages] == model.stage_channels
+    assert [x.shape[1] for x in taps.pre_relu] == [n.num_features for n in model.pre_relu_norms]
+    if name != "mobilenetv2":       # whose groups begin narrower than they end
+        assert [x.shape[1] for x in taps.entries] == model.stage_channels
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_taps_do_not_change_the_logits(name):
+    model, x = create_model(name, 10).eval(), torch.randn(4, 3, 32, 32)
+    assert torch.equal(model(x), model(x, taps=True).logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_forward_pass_runs_each_norm_once(name):
+    model = create_model(name, 10).train()
+    model(torch.randn(4, 3, 16, 16), taps=True)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(m.num_batches_tracked.item() == 1 for m in norms)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_returned_maps_are_never_overwritten(name):
+    """Each tap still holds what its module gave: an in-place ReLU behind it would show."""
+    model = create_model(name, 10).train()
+    seen = {}
+
+    def remember(module, inputs, output):
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, torch.Tensor):
+                seen[id(tensor)] = (tensor, tensor.detach().clone())
+
+    for module in model.modules():
+        module.register_forward_hook(remember)
+    taps = model(torch.randn(4, 3, 16, 16), taps=True)
+    maps = [*taps.entries, *taps.stages, *taps.pre_relu]
+    assert sum(id(tensor) in seen for tensor in maps) >= 5
+    for tensor in maps:
+        assert tensor._version == 0
+        assert id(tensor) not in seen or torch.equal(tensor, seen[id(tensor)][1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pre_relu_is_what_the_named_norm_feeds(name):
+    """WRN, MobileNetV2: the norm's own output. ResNet: the norm's output plus the shortcut."""
+    model = create_model(name, 10).eval()
+    outputs = {}
+    for norm in model.pre_relu_norms:
+        norm.register_forward_hook(lambda module, _, output: outputs.__setitem__(module, output))
+    taps = model(torch.randn(2, 3, 32, 32), taps=True)
+    for norm, tap, stage in zip(model.pre_relu_norms, taps.pre_relu, taps.stages):
+        if name.startswith("resnet"):
+            assert torch.equal(tap.relu(), stage) and not torch.equal(tap, outputs[norm])
+        else:
+            assert torch.equal(tap, outputs[norm])
+        assert (tap < 0).any(), "in front of the ReLU there are negative values"
+
+
+@pytest.mark.parametrize("name, blocks", [("wrn16_1", 2), ("resnet20", 3)])
+def test_stages_and_entries_are_the_blocks_outputs(name, blocks):
+    model = create_model(name, 10).eval()
+    outputs = {}
+    for group in model.groups:
+        assert len(group) == blocks
+        for block in group:
+            block.register_forward_hook(lambda m, _, output: outputs.__setitem__(m, output[0]))
+    taps = model(torch.randn(2, 3, 32, 32), taps=True)
+    for group, entry, stage in zip(model.groups, taps.entries, taps.stages):
+        assert torch.equal(entry, outputs[group[0]]) and torch.equal(stage, outputs[group[-1]])
+
+
+def test_wrn_shortcut_sees_the_activated_input():
+    model = create_model("wrn16_1", 10)
+    assert model.groups[0][0].shortcut is None          # 16 to 16 channels
+    block = model.groups[1][0].eval()
+    x = torch.randn(2, 16, 8, 8)
+    branch = block.conv2(block.norm2(block.conv1(block.norm1(x).relu())).relu())
+    assert torch.allclose(block(x)[0], branch + block.shortcut(block.norm1(x).relu()), atol=1e-6)
+
+
+def test_initialisation_is_he_fan_out():
+    torch.manual_seed(0)
+    model = create_model("wrn16_8", 10)
+    weight = model.groups[2][1].conv1.weight
+    assert weight.std().item() == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.01)
+    assert model.classifier.bias.abs().sum() == 0
+
+
+@pytest.mark.parametrize("name", ["wrn16_1", "resnet8", "mobilenetv2"])
+def test_forward_compiles_as_one_graph(name):
+    model, x = create_model(name, 10).eval(), torch.randn(2, 3, 16, 16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        ours, theirs = compiled(x, taps=True), model(x, taps=True)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert all(torch.equal(a, b) for a, b in zip(ours.stages, theirs.stages))
+
+
+@pytest.mark.parametrize("name, says", [
+    ("wrn17_3", "6n+4"), ("wrn16_0", "width"), ("wrn4_1", "6n+4"), ("resnet21", "6n+2"),
+    ("resnet2", "6n+2"), ("vit", "wrn16_3"), ("", "resnet20"), ("wrn16_3 ", "known are")])
+def test_wrong_names_are_refused(name, says):
+    with pytest.raises(ValueError, match=says.replace("+", r"\+")):
+        create_model(name, 10)
+
+
+def test_keywords_reach_the_network():
+    assert create_model("mobilenetv2", 10, dropout=0.5).dropout.p == 0.5
+    with pytest.raises(TypeError):
+        create_model("wrn16_1", 10, droput=0.5)
