@@ -1,0 +1,459 @@
+"""Angular margin based attention distillation (ATang), and AMD, its journal version.
+
+Jeon, Cho, Park: Deep Hypersphere Feature Embedding-based Knowledge Distillation, 2021 (ATang)
+Jeon, Choi, Shukla, Turaga: Leveraging Angular Distributions for Improved Knowledge Distillation,
+Neurocomputing 518, 2023, arxiv.org/abs/2302.14130 (AMD)
+
+An attention map says where the evidence is. Read as the cosine of an angle it lies on a sphere, and
+a margin on that angle, as in face recognition, drives the pixels of the object (positive) and of
+the background (negative) apart. The student learns the teacher's separated map, beside KD.
+
+    Q'_p = sum_c A_c^2 / ||sum_c A_c^2||_2, in [0, 1]     Q'_n = 1 - Q'_p      Section 3.2, 3.3
+    theta_p = arccos(Q'_p)                                                     each pixel's angle
+    G = log( e^(s cos(m theta_p)) / (e^(s cos(m theta_p)) + e^(s Q'_n)) )      Eq. 6
+    L_A = alpha sum_j mean (G_S / ||G_S||_2 - G_T / ||G_T||_2)^2, alpha = 1 / #pairs     Eq. 7
+    L = (1 - lambda) CE(softmax(a_S), y) + lambda L_K + gamma L_A              Eq. 8
+    L_K = tau^2 KL(z_T || z_S)                                                 Eq. 3, as in kd.py
+
+    symbol   here              shape            symbol   here          value on CIFAR-10
+    A        *_stages          (N, C, H, W)     m        margin        1.35
+    Q'_p     q                 (N, H*W)         s        scale         64
+    G        angular_map()     (N, H*W)         gamma    gamma         5000; 1000 for large students
+    a_S      ours.logits       (N, K)           tau, lambda            4, 0.9
+
+Run:
+    python atang.py --dataset shapes                          a laptop: @@TIME@@
+    python atang.py --teacher wrn16_3 --student wrn16_1       CIFAR-10, 200 epochs, a GPU
+    python atang.py --teacher wrn28_3 --student wrn16_3 --gamma 1000
+
+Departures from the papers and from the first author's code:
+ 1. Eq. 7 is a squared Frobenius norm; the code, done here, takes the MEAN over batch and pixels.
+    gamma = 5000 belongs to the mean: on the sum it would be 64 to 1024 times too strong.
+ 2. Eq. 5 and 6 write s cos(theta_n) for the negative feature: it is s (1 - Q'_p), without a margin.
+    The margin is on student and teacher. s = 64 stands in the code alone.
+ 3. The code exponentiates and divides, which overflows float32 from s = 89 on; the logsigmoid here
+    has the same value. Its cast of 1 - Q'_p to float32 is not repeated.
+ 4. Batch size and, for CIFAR-10, weight decay are not in the paper: 128 and 1e-4, from the first
+    author's public training code. The accuracies of the paper imply training without crop and flip,
+    so that is the default; --augment turns them on. No epoch to stop the teacher early is given.
+ 5. AMD: the code averages three terms, G, positive and negative feature, each of unit norm. Its
+    local variant fails when run; amd-local follows the description: 0.8 of the whole map and 0.2 of
+    the mean over its quadrants. gamma and margin of the journal's tables are not public: ATang's.
+ 6. On shapes every number is ours, found on its validation split.
+"""
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Callable, NoReturn
+
+import numpy
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from common import ImageLoader, create_model, load_data
+
+# Milestones are fractions of --epochs: the schedule keeps its shape when the run gets shorter.
+JEON = dict(batch_size=128, lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4, lr_decay=0.2,
+            augment=False, reflect=False, margin=1.35, scale=64.0)
+RECIPES = {
+    # Jeon et al. 2021, Sections 4.1 and 4.2; see departure 4
+    "cifar10": dict(JEON, epochs=200, milestones=[40 / 200, 80 / 200, 120 / 200, 160 / 200],
+                    temperature=4.0, kd_weight=0.9, gamma=5000.0),
+    "cinic10": dict(JEON, epochs=180, milestones=[40 / 180, 80 / 180, 120 / 180, 160 / 180],
+                    temperature=16.0, kd_weight=0.6, gamma=500.0),
+    "shapes": dict(epochs=15, batch_size=64, lr=0.1, momentum=0.9, nesterov=False,
+                   weight_decay=5e-4, milestones=[0.6, 0.8, 0.95], lr_decay=0.2, augment=True,
+                   reflect=False, margin=1.35, scale=64.0,
+                   temperature=2.0, kd_weight=0.9, gamma=5000.0),
+}
+RECIPES["folder"] = RECIPES["cifar10"]
+
+
+# ---------------------------------------------------------------------------------- the method
+
+# --- shared: precision ---
+def full(x: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32; float32 and float64 stay what they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+# --- end shared ---
+
+
+def attention_map(feature: Tensor) -> Tensor:
+    """Section 3.2: Q' = sum_c A_c^2, divided by its L2 norm over the pixels plus 1e-6.
+
+    feature A, (N, C, H, W) of any C -> (N, H*W), in [0, 1]; a map of zeros stays zero.
+    """
+    q = full(feature).square().sum(dim=1).flatten(1)
+    return q / (torch.linalg.vector_norm(q, dim=1, keepdim=True) + 1e-6)
+
+
+def angular_features(q: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 6 with its two exponents: G, s cos(m theta_p) and s Q'_n, each (N, H*W), in nats.
+
+    q = Q'_p, (N, H*W) in [0, 1]. log(e^a / (e^a + e^b)) = logsigmoid(a - b) is finite for any s.
+    The clamp keeps the slope of arccos finite at q = 1; 1e-7 is the least that float32 can tell.
+    cos(m theta) falls with theta up to m = 2, beyond which it folds back.
+    """
+    theta = torch.acos(q.clamp(-1 + 1e-7, 1 - 1e-7))
+    positive, negative = scale * torch.cos(margin * theta), scale * (1 - q)
+    return F.logsigmoid(positive - negative), positive, negative
+
+
+def angular_map(q: Tensor, margin: float, scale: float) -> Tensor:
+    """Eq. 6: q = Q'_p, (N, H*W) in [0, 1] -> G, (N, H*W), in nats, nowhere positive."""
+    return angular_features(q, margin, scale)[0]
+
+
+def distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """The summand of Eq. 7: two (N, H*W), of unit L2 norm each, MEAN of squares over N and H*W.
+
+    One pixel alone has a norm but no direction: its distance is 0. Unequal sizes: ValueError.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"student and teacher maps differ in size, {tuple(student.shape)} and "
+                         f"{tuple(teacher.shape)}: choose networks with groups of equal sizes")
+    if student.shape[1] == 1:
+        return 0 * student.sum()
+    return F.mse_loss(F.normalize(student, dim=1), F.normalize(teacher, dim=1))
+
+
+def atang_loss(student_stages: list[Tensor], teacher_stages: list[Tensor], margin: float = 1.35,
+               scale: float = 64.0) -> Tensor:
+    """Eq. 7 with the mean of departure 1: L_A, a scalar without unit.
+
+    Lists of (N, C, H, W), one map a group; C is free, H and W agree in a pair, or else ValueError.
+    MEAN over batch and pixels, mean over the pairs (alpha); the teacher gets no gradient.
+    """
+    pairs = [distance(*(angular_map(attention_map(x), margin, scale) for x in (s, t.detach())))
+             for s, t in zip(student_stages, teacher_stages, strict=True)]
+    return torch.stack(pairs).mean()
+
+
+def amd_loss(student_stages: list[Tensor], teacher_stages: list[Tensor], margin: float = 1.35,
+             scale: float = 64.0, local: bool = False) -> Tensor:
+    """AMD (departure 5): as atang_loss, but a pair's distance is the mean over three features.
+
+    local: each map, normalised as a whole, is also cut at H // 2 and W // 2; the distance is then
+    0.8 of the whole map's and 0.2 of the mean over the quadrants. A map of 1x1 stays whole.
+    """
+    def three_terms(q_student: Tensor, q_teacher: Tensor) -> Tensor:
+        features = (angular_features(q, margin, scale) for q in (q_student, q_teacher))
+        return sum(distance(s, t) for s, t in zip(*features)) / 3
+
+    def quadrants(q: Tensor, height: int, width: int) -> list[Tensor]:
+        halves = q.view(-1, height, width).tensor_split([height // 2], 1)
+        return [x.flatten(1) for half in halves for x in half.tensor_split([width // 2], 2)]
+
+    pairs = []
+    for student, teacher in zip(student_stages, teacher_stages, strict=True):
+        q = attention_map(student), attention_map(teacher.detach())
+        pairs.append(three_terms(*q))
+        if local and min(student.shape[-2:]) > 1:
+            patches = zip(*(quadrants(x, *student.shape[-2:]) for x in q))
+            pairs[-1] = 0.8 * pairs[-1] + 0.2 * sum(three_terms(*patch) for patch in patches) / 4
+    return torch.stack(pairs).mean()
+
+
+# --- shared: kd loss ---
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Hinton et al. 2015, Section 2: L_K = tau^2 KL(softmax(v / tau) || softmax(z / tau)).
+
+    student_logits z and teacher_logits v, both (N, K) -> a scalar, in tau^2 nats.
+    Summed over the K classes, averaged over the batch; the teacher gets no gradient.
+    """
+    log_p = F.log_softmax(full(student_logits) / temperature, dim=1)
+    log_q = F.log_softmax(full(teacher_logits.detach()) / temperature, dim=1)
+    return temperature ** 2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+# --- end shared ---
+
+
+def make_step(student: nn.Module, teacher: nn.Module | None, args: Namespace) -> Callable:
+    """A step's logits and the weighted terms of Eq. 8, or without a teacher cross-entropy alone."""
+    feature_loss = {"atang": atang_loss, "amd": amd_loss,
+                    "amd-local": partial(amd_loss, local=True)}[args.loss]
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        ours = student(images, taps=True)
+        ce = F.cross_entropy(full(ours.logits), labels)
+        if teacher is None:
+            return ours.logits, {"ce": ce}
+        with torch.no_grad():
+            theirs = teacher(images, taps=True)
+        kd = kd_loss(ours.logits, theirs.logits, args.temperature)
+        angular = feature_loss(ours.stages, theirs.stages, args.margin, args.scale)
+        return ours.logits, {"ce": (1 - args.kd_weight) * ce, "kd": args.kd_weight * kd,
+                             args.loss: args.gamma * angular}
+    return step
+
+
+# ------------------------------------------------- the experiment, the same text in every script
+
+# --- shared: command line ---
+def fail(message: object) -> NoReturn:
+    """End with one line that says what is wrong and what to do, and exit code 2."""
+    print("error:", *str(message).split(), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def number(kind: type, low: float, high: float = 1e9) -> Callable:
+    """An argparse type: an int or a float from low to high, so neither nan nor inf."""
+    def number(text: str) -> float:
+        if not low <= kind(text) <= high:
+            raise ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return kind(text)
+    return number
+
+
+def prepare(**own: dict) -> tuple[Namespace, tuple[ImageLoader, ImageLoader]]:
+    """The command line, completed from the recipe, and the loaders; `own`: the method's flags."""
+    devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error, add = fail, parser.add_argument
+    add("--teacher", default="wrn16_3", help="network; default %(default)s")
+    add("--student", default="wrn16_1", help="network; default %(default)s")
+    add("--dataset", default="cifar10", choices="cifar10 cifar100 cinic10 folder shapes".split())
+    add("--data-dir", type=Path, default="data", help="where the data set is; default %(default)s")
+    add("--recipe", choices=RECIPES, help="gives what is not given here; default: the data set's")
+    add("--epochs", type=number(int, 1), help="of the teacher, of the student; default: recipe's")
+    add("--batch-size", type=number(int, 1), help="in images; default: recipe's")
+    add("--lr", type=number(float, 1e-9), help="learning rate at the start; default: recipe's")
+    add("--augment", action=BooleanOptionalAction, help="crop and flip; default: recipe's")
+    add("--train-images", type=number(int, 1), help="train on a fair sample of so many images")
+    add("--image-size", type=number(int, 8), default=32, help="of folder, in pixels; default 32")
+    add("--split", default="test", choices=["test", "val"], help="val is for tuning; default test")
+    add("--seed", type=number(int, 0), default=0, help="of the first student; default 0")
+    add("--runs", type=number(int, 1), default=1, help="so many students, seed after seed")
+    add("--teacher-seed", type=number(int, 0), default=0, help="default 0, for all students")
+    add("--teacher-ckpt", type=Path, help="default: the teacher in --out, trained when absent")
+    add("--teacher-epochs", type=number(int, 1), help="stop the teacher's schedule early")
+    add("--distill-epochs", type=number(int, 1), help="then go on with cross-entropy alone")
+    add("--baseline", action="store_true", help="train the student with cross-entropy alone")
+    add("--eval", action="store_true", help="only measure what is in --out")
+    add("--dry-run", action="store_true", help="two steps of each training, nothing is kept")
+    add("--device", default="auto", choices=["auto", *devices], help="default: the fastest here")
+    add("--out", type=Path, default="runs", help="the folder of all runs; default %(default)s")
+    for name, option in own.items():
+        add("--" + name.replace("_", "-"), **option)
+    args = parser.parse_args()
+    args.own, args.teacher_sha256 = list(own), None
+    args.device = devices[0] if args.device == "auto" else args.device
+    args.data = str(args.data_dir.resolve()) if args.dataset == "folder" else args.dataset
+    if (args.recipe or args.dataset) not in RECIPES:
+        fail(f"no recipe for {args.dataset} here; choose one with --recipe {'|'.join(RECIPES)}")
+    for key, value in RECIPES[args.recipe or args.dataset].items():
+        setattr(args, key, value if getattr(args, key, None) is None else getattr(args, key))
+    if max(args.teacher_epochs or 1, args.distill_epochs or 1) > args.epochs:
+        fail(f"--teacher-epochs and --distill-epochs cannot exceed the {args.epochs} epochs")
+    names = ("augment", "seed", "reflect", "image_size", "train_images", "split")
+    try:
+        for name in (args.teacher, args.student):
+            create_model(name, 2)       # a wrong name shows before the data is read
+        return args, load_data(args.dataset, args.data_dir, args.batch_size,
+                               torch.device(args.device), **{n: getattr(args, n) for n in names})
+    except (OSError, ValueError) as error:
+        fail(error)
+# --- end shared ---
+
+
+# --- shared: training ---
+def new_model(name: str, args: Namespace, loaders: tuple, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = create_model(name, loaders[0].num_classes)
+    return model.to(args.device, memory_format=torch.channels_last)
+
+
+def restore(path: Path, model: nn.Module) -> dict:
+    """Load the weights of a checkpoint, and return all of it; nothing in the file is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state.get("model", state))
+        return state
+    except Exception as error:
+        fail(f"{path} is missing, damaged or of another network or number of classes: "
+             f"{str(error).split('. ')[0][:200]}")
+
+
+def identify(args: Namespace, method: str, seed: int) -> tuple[Path, dict]:
+    """A run's folder, and all else that decides how its network comes out."""
+    names = [key for key in RECIPES["folder"] if key not in args.own]
+    names += ["data", "train_images", "image_size", "split"]
+    if method == "teachers":
+        networks, names = args.teacher, names + ["teacher_epochs"]
+    elif method == "baseline":
+        networks = args.student
+    else:
+        networks = f"{args.teacher}-{args.student}"
+        names += [*args.own, "distill_epochs", "teacher_sha256"]
+    return (args.out / args.dataset / method / networks / f"seed{seed}",
+            {name: getattr(args, name) for name in names})
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: ImageLoader, args: Namespace) -> float:
+    """Accuracy in per cent, in eval mode."""
+    model.eval()
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+        right = torch.cat([model(images).argmax(1) == labels for images, labels in loader])
+    return 100 * right.sum().item() / len(right)
+
+
+def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, method: str, seed: int,
+        stop: int | None = None) -> None:
+    """Train `model` by SGD on the sum of the terms that step(images, labels) returns.
+
+    A run kept in its folder goes on behind its last epoch, to the same bits; `stop` ends it early.
+    """
+    train_loader, test_loader = loaders
+    folder, settings = identify(args, method, seed)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum,
+                                weight_decay=args.weight_decay, nesterov=args.nesterov)
+    sources = [Path(__file__), Path(__file__).with_name("common.py")]
+    log = [{"settings": settings, "arguments": {k: str(v) for k, v in vars(args).items()},
+            "versions": [sys.version, *(str(m.__version__) for m in (torch, torchvision, numpy))],
+            "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]}]
+    if args.eval or (folder / "last.pt").exists() and not args.dry_run:
+        state = restore(folder / "last.pt", model)
+        optimizer.load_state_dict(state["optimizer"])
+        log, kept = state["log"], state["log"][0]["settings"]
+        if changed := [f"{key} {kept.get(key)}, now {value}" for key, value in settings.items()
+                       if kept.get(key) != value]:
+            fail(f"{folder} was made with other settings ({'; '.join(changed)}); choose another "
+                 f"--out, or take its network as a teacher: --teacher-ckpt {folder}/last.pt")
+    if args.eval:
+        print(f"{folder}: {args.split} accuracy {evaluate(model, test_loader, args):.2f} %")
+    elif not args.dry_run:
+        folder.mkdir(parents=True, exist_ok=True)
+    stop = 0 if args.eval else 1 if args.dry_run else stop or args.epochs
+    host = torch.zeros(9, pin_memory=args.device == "cuda")
+    for epoch in range(len(log), stop + 1):
+        torch.manual_seed(seed * 1_000_003 + epoch)     # for dropout: no state to keep
+        train_loader.seed = seed
+        train_loader.set_epoch(epoch)
+        drops = sum(epoch > round(milestone * args.epochs) for milestone in args.milestones)
+        optimizer.param_groups[0]["lr"] = lr = args.lr * args.lr_decay ** drops
+        model.train()
+        sums, seen, start = 0, 0, time.perf_counter()
+        batches = itertools.islice(train_loader, 2 if args.dry_run else None)
+        for index, (images, labels) in enumerate(batches, 1):
+            optimizer.zero_grad()
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+                logits, terms = step(images, labels)
+            sum(terms.values()).backward()
+            optimizer.step()
+            values = torch.stack([*terms.values(), (logits.argmax(1) == labels).float().mean()])
+            sums, seen = sums + len(labels) * values.detach(), seen + len(labels)
+            # nothing waits for this copy: on a GPU what is read of it lags some steps behind
+            if not host[:len(values)].copy_(sums, non_blocking=True).isfinite().all():
+                break
+            if sys.stdout.isatty():
+                print(f"\repoch {epoch}: step {index}/{len(train_loader)}", end="", flush=True)
+        *means, train = (sums / seen).tolist()
+        if not math.isfinite(sum(means)):
+            fail(f"epoch {epoch}, step {index}: the loss is not finite ("
+                 + ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
+                 + "); try a smaller --lr or loss weight, and another --out")
+        speed = seen / (time.perf_counter() - start)
+        log.append({"epoch": epoch, **dict(zip(terms, means)), "lr": lr, "train": 100 * train,
+                    "test": evaluate(model, test_loader, args), "images/s": speed,
+                    "seconds": time.perf_counter() - start})
+        left = timedelta(seconds=round((stop - epoch) * log[-1]["seconds"]))
+        print("\r" * sys.stdout.isatty()
+              + "  ".join(f"{key} {value:<6.4g}" for key, value in log[-1].items())
+              + f"  left {left}", flush=True)
+        if args.dry_run:
+            return
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
+        best = log[-1] is max(log[1:], key=lambda row: row["test"])
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+        for name in ["best.pt"] * best + ["last.pt"]:     # last.pt last: a kill repeats the epoch
+            with open(folder / f"{name}.{os.getpid()}", "wb") as file:
+                torch.save(state, file)
+            os.replace(file.name, folder / name)
+# --- end shared ---
+
+
+# --- shared: teacher and results ---
+def get_teacher(args: Namespace, loaders: tuple) -> nn.Module:
+    """The frozen teacher: from --teacher-ckpt, from --out, or trained now and kept there."""
+    teacher = new_model(args.teacher, args, loaders, args.teacher_seed)
+    if args.teacher_ckpt:
+        restore(args.teacher_ckpt, teacher)
+    else:
+        fit(teacher, make_step(teacher, None, args), loaders, args, "teachers", args.teacher_seed,
+            args.teacher_epochs)
+    weights = b"".join(value.cpu().numpy().tobytes() for value in teacher.state_dict().values())
+    args.teacher_sha256 = hashlib.sha256(weights).hexdigest()
+    args.teacher_accuracy = evaluate(teacher.requires_grad_(False), loaders[1], args)
+    print(f"teacher {args.teacher}, {args.split} accuracy: {args.teacher_accuracy:.2f} %")
+    return teacher
+
+
+def report(args: Namespace, method: str) -> None:
+    """The accuracy of the last epoch is the result; the best epoch's only stands beside it."""
+    def spread(values: list[float]) -> str:
+        return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+    results = {}
+    print(f"\n{args.split + ' accuracy, %':22}{'last epoch':16}{'best epoch':16}{'minutes':9}files")
+    for name in dict.fromkeys(["baseline", method]):
+        logs = []
+        for seed in range(args.seed, args.seed + args.runs):
+            folder, settings = identify(args, name, seed)
+            if (folder / "last.pt").exists():
+                header, *log = torch.load(folder / "last.pt", "cpu", weights_only=True)["log"]
+                logs += [log] if header["settings"] == settings and len(log) == args.epochs else []
+        if len(logs) == args.runs:
+            results[name] = [log[-1]["test"] for log in logs]
+            best = spread([max(row["test"] for row in log) for log in logs])
+            minutes = sum(row["seconds"] for log in logs for row in log) / 60
+            print(f"{name:10}{args.student:12}{spread(results[name]):16}{best:16}{minutes:<9.1f}"
+                  f"{folder.parent}")
+    if method != "baseline":
+        gain = (f"{mean(results[method]) - mean(results['baseline']):+.2f}" if len(results) == 2
+                else "not known yet: run the same command with --baseline")
+        print(f"teacher   {args.teacher:12}{args.teacher_accuracy:.2f}")
+        print(f"gain over baseline    {gain}")
+# --- end shared ---
+
+
+def main() -> None:
+    args, loaders = prepare(
+        loss=dict(default="atang", choices=["atang", "amd", "amd-local"], help="default atang"),
+        margin=dict(type=number(float, 0.1, 2), help="m, 1 for none; default: recipe's"),
+        scale=dict(type=number(float, 0.01, 1e4), help="s; default: recipe's"),
+        gamma=dict(type=number(float, 0), help="of L_A; default: recipe's"),
+        temperature=dict(type=number(float, 0.1, 100), help="tau; default: recipe's"),
+        kd_weight=dict(type=number(float, 0, 1), help="lambda, 0 for no KD; default: recipe's"))
+    method = "baseline" if args.baseline else args.loss
+    teacher = None if args.baseline else get_teacher(args, loaders)
+    for seed in range(args.seed, args.seed + args.runs):
+        student = new_model(args.student, args, loaders, seed)
+        step = make_step(student, teacher, args)
+        fit(student, step, loaders, args, method, seed, args.distill_epochs)
+        if args.distill_epochs:
+            fit(student, make_step(student, None, args), loaders, args, method, seed)
+    if not args.dry_run:
+        report(args, method)
+
+
+# --- shared: entry ---
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; every finished epoch is kept, and the same command goes on from there")
+        sys.exit(130)
+    except OSError as error:
+        fail(error)
+# --- end shared ---
