@@ -22,20 +22,13 @@ def rows(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A folder with a teacher in it, to begin a test with."""
-    out = tmp_path_factory.mktemp("runs")
-    done = shell("kd", *SMALL, "--out", out, "--baseline")
-    assert done.code == 0, done.err
-    done = shell("kd", *SMALL, "--out", out)
-    assert done.code == 0, done.err
-    return out
-
-
 @pytest.fixture
-def out(teacher, tmp_path):
-    shutil.copytree(teacher / "shapes/teachers", tmp_path / "runs/shapes/teachers")
+def out(cli, tmp_path, tmp_path_factory):
+    """A folder of runs with a trained teacher in it."""
+    kept = tmp_path_factory.getbasetemp() / "teacher"
+    if not kept.exists():
+        assert cli("kd", *SMALL, "--out", kept).code == 0
+    shutil.copytree(kept / "shapes/teachers", tmp_path / "runs/shapes/teachers")
     return tmp_path / "runs"
 
 
@@ -355,9 +348,6 @@ def test_a_loss_that_is_not_finite_stops_at_once(cli, out):
         line = done.refused()
         assert re.search(r"epoch \d, step \d: ", line) and "ce " in line and "kd " in line
         assert "nan" in line and "--lr" in line
-        for kept in (out / f"shapes/{script}/wrn10_1-resnet8/seed0").glob("*.pt"):
-            weights = state(kept.parent, kept.name)["model"].values()
-            assert all(value.isfinite().all() for value in weights)
 
 
 def test_help_names_every_flag():

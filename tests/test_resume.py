@@ -1,0 +1,158 @@
+"""Killed at any moment, a run comes out of the same command to the same bits.
+
+    python tests/test_resume.py 10      kill -9 at ten random moments, and compare
+"""
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, SMALL, equal_bits, result_of, shell, state
+
+import common
+
+# three stops of two trainings: the teacher early, the student's distilling, the student
+FLAGS = [*SMALL, "--epochs", "3", "--train-images", "64", "--teacher-epochs", "2",
+         "--distill-epochs", "2"]
+TEACHER, STUDENT = "shapes/teachers/wrn10_1/seed0", "shapes/{}/wrn10_1-resnet8/seed0"
+
+
+class Killed(BaseException):
+    """What ends a run in these tests at a chosen moment; no script catches it."""
+
+
+def at_call(function, number: int, half_done=lambda *args: None):
+    """`function`, that dies in its call of this number."""
+    left = number
+
+    def call(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            half_done(*args)
+            raise Killed
+        return function(*args, **kwargs)
+    call.reached = lambda: left <= 0
+    return call
+
+
+def half_a_file(value, file):
+    file.write(b"PK half a checkpoint")
+    file.flush()
+
+
+def half_a_log(path, text):
+    with open(path, "w") as file:
+        file.write(text[:len(text) // 2])
+
+
+MOMENTS = {"before a rename": (os, "replace", lambda *args: None),
+           "in a checkpoint": (torch, "save", half_a_file),
+           "in the log": (Path, "write_text", half_a_log),
+           "in a step": (common.ImageLoader, "normalise", lambda *args: None)}
+
+
+def results(out: Path) -> list[dict]:
+    return [result_of(out / TEACHER), result_of(out / STUDENT.format("atang"))]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_every_such_moment(moment, cli, tmp_path, monkeypatch):
+    assert cli("atang", *FLAGS, "--out", tmp_path / "whole").code == 0
+    whole = results(tmp_path / "whole")
+    owner, name, half_done = MOMENTS[moment]
+    real, number = getattr(owner, name), 0
+    while True:
+        number += 1 if moment != "in a step" else 7
+        out = tmp_path / f"killed{number}"
+        deadly = at_call(real, number, half_done)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, deadly)
+            try:
+                cli("atang", *FLAGS, "--out", out)
+            except Killed:
+                pass
+        if not deadly.reached():
+            break       # the run has fewer such moments
+        for path in out.rglob("*.pt"):
+            assert state(path.parent, path.name)["log"], "what has its name is whole"
+        assert cli("atang", *FLAGS, "--out", out).code == 0
+        assert equal_bits(results(out), whole), f"{moment}, number {number}"
+    assert number > 5
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_goes_on_behind_its_last_epoch(script, cli, tmp_path, monkeypatch):
+    """With dropout in the student, whose random numbers must come out alike as well."""
+    flags = [*SMALL, "--train-images", "64", "--student", "mobilenetv2", "--runs", "2",
+             "--teacher-ckpt", tmp_path / "teacher.pt"]
+    torch.save(common.create_model("wrn10_1", 10).state_dict(), tmp_path / "teacher.pt")
+    assert cli(script, *flags, "--out", tmp_path / "whole").code == 0
+    for number in (3, 4):       # behind the teacher: the second epoch of student 0, of student 1
+        module = sys.modules[script]
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "evaluate", at_call(module.evaluate, number))
+            with pytest.raises(Killed):
+                cli(script, *flags, "--out", tmp_path / "stopped")
+    done = cli(script, *flags, "--out", tmp_path / "stopped")
+    trained = [line for line in done.out.splitlines() if line.startswith("epoch ")]
+    assert done.code == 0 and len(trained) == 1, "finished epochs are not repeated"
+    for seed in (0, 1):
+        folder = f"shapes/{script}/wrn10_1-mobilenetv2/seed{seed}"
+        assert equal_bits(result_of(tmp_path / "whole" / folder),
+                          result_of(tmp_path / "stopped" / folder))
+
+
+def start(script: str, *flags: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-B", str(ROOT / f"{script}.py"), *map(str, flags)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_and_resume(out: Path, kills: int, epochs: int) -> None:
+    """kill -9 at random moments of training, again and again; then the bits."""
+    flags = ["kd", *SMALL, "--epochs", epochs, "--out"]
+    assert shell(*flags, out / "whole").code == 0
+    moments, killed = random.Random(0), 0
+    while killed < kills:
+        process = start(*flags, out / "killed")
+        process.stdout.readline()       # it trains
+        time.sleep(moments.uniform(0, 1))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "finished too early: give it more epochs"
+        killed += 1
+        kept = {path.parent.parent.name: len(state(path.parent)["log"]) - 1
+                for path in sorted(out.glob("killed/shapes/*/*/seed0/last.pt"))}
+        print(f"kill {killed}: epochs kept {kept}")
+    done = shell(*flags, out / "killed")
+    assert done.code == 0, done.err
+    for folder in (TEACHER, STUDENT.format("kd")):
+        assert equal_bits(result_of(out / "whole" / folder), result_of(out / "killed" / folder))
+        print(f"{folder}: the same bits in every weight, momentum and log row")
+
+
+def test_kill_9(tmp_path):
+    kill_and_resume(tmp_path, kills=2, epochs=12)
+
+
+def test_ctrl_c(tmp_path):
+    flags = ["kd", *SMALL, "--epochs", 3, "--out"]
+    process = start(*flags, tmp_path)
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait() == 130 and "Traceback" not in rest
+    assert first.startswith("epoch 1 ") and "the same command goes on" in rest.splitlines()[-1]
+    assert shell(*flags, tmp_path).code == 0
+    log = state(tmp_path / STUDENT.format("kd"))["log"]
+    assert [row["epoch"] for row in log[1:]] == [1, 2, 3]
+
+
+if __name__ == "__main__":
+    kills = int(sys.argv[1])
+    kill_and_resume(Path(tempfile.mkdtemp()), kills, epochs=5 * kills)
