@@ -72,10 +72,10 @@ RECIPES = {
                     temperature=4.0, kd_weight=0.9, gamma=5000.0),
     "cinic10": dict(JEON, epochs=180, milestones=[40 / 180, 80 / 180, 120 / 180, 160 / 180],
                     temperature=16.0, kd_weight=0.6, gamma=500.0),
-    "shapes": dict(epochs=15, batch_size=64, lr=0.1, momentum=0.9, nesterov=False,
+    "shapes": dict(epochs=20, batch_size=32, lr=0.1, momentum=0.9, nesterov=False,
                    weight_decay=5e-4, milestones=[0.6, 0.8, 0.95], lr_decay=0.2, augment=True,
                    reflect=False, margin=1.35, scale=64.0,
-                   temperature=2.0, kd_weight=0.9, gamma=5000.0),
+                   temperature=2.0, kd_weight=0.9, gamma=1000.0),
 }
 RECIPES["folder"] = RECIPES["cifar10"]
 
@@ -280,8 +280,8 @@ def restore(path: Path, model: nn.Module) -> dict:
         model.load_state_dict(state.get("model", state))
         return state
     except Exception as error:
-        fail(f"{path} is missing, damaged or of another network or number of classes: "
-             f"{str(error).split('. ')[0][:200]}")
+        fail(f"{path} is missing, damaged or of another network or number of classes; name another "
+             f"or train it anew ({str(error).split('. ')[0][:200]})")
 
 
 def identify(args: Namespace, method: str, seed: int) -> tuple[Path, dict]:

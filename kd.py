@@ -69,7 +69,7 @@ RECIPES = {
                      weight_decay=5e-4, milestones=[150 / 240, 180 / 240, 210 / 240], lr_decay=0.1,
                      augment=True, reflect=False, temperature=4.0, kd_weight=0.9),
     # ours; see departure 4
-    "shapes": dict(epochs=15, batch_size=64, lr=0.1, momentum=0.9, nesterov=False,
+    "shapes": dict(epochs=20, batch_size=32, lr=0.1, momentum=0.9, nesterov=False,
                    weight_decay=5e-4, milestones=[0.6, 0.8, 0.95], lr_decay=0.2,
                    augment=True, reflect=False, temperature=2.0, kd_weight=0.9),
 }
@@ -195,8 +195,8 @@ def restore(path: Path, model: nn.Module) -> dict:
         model.load_state_dict(state.get("model", state))
         return state
     except Exception as error:
-        fail(f"{path} is missing, damaged or of another network or number of classes: "
-             f"{str(error).split('. ')[0][:200]}")
+        fail(f"{path} is missing, damaged or of another network or number of classes; name another "
+             f"or train it anew ({str(error).split('. ')[0][:200]})")
 
 
 def identify(args: Namespace, method: str, seed: int) -> tuple[Path, dict]:
