@@ -308,10 +308,8 @@ class ImageLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device, count, wide = self.labels.device, len(self.labels), self.size + 2 * self.padding
-        order = torch.arange(count)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(count, generator=generator)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         order = order.to(device)
         if not self.augment:
             for chosen in order.split(self.batch_size):
@@ -471,15 +469,15 @@ def read_folder(data_dir: Path, image_size: int) -> tuple[dict[str, Split], list
         for index, path in enumerate(paths):
             try:
                 picture = datasets.folder.default_loader(path)
-            except (OSError, SyntaxError, ValueError) as error:
+            except Exception as error:    # each format of image fails in its own way
                 raise ValueError(f"cannot decode {path} ({error}); repair or remove it") from None
             if picture.size != (image_size, image_size):
                 picture = resize(picture, [image_size, image_size])
             images[index] = pil_to_tensor(picture).permute(1, 2, 0)
             done = index + 1
             if sys.stderr.isatty() and (done % 500 == 0 or done == len(paths)):
-                print(f"\rdecoded {done} of {len(paths)} images", file=sys.stderr, flush=True,
-                      end="\n" if done == len(paths) else "")
+                print(f"decoded {done} of {len(paths)} images", file=sys.stderr, flush=True,
+                      end="\n" if done == len(paths) else "\r")
         partial = cache.with_suffix(f".{os.getpid()}.tmp")
         try:
             torch.save({"fingerprint": fingerprint, "images": images}, partial)
@@ -539,7 +537,7 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     if split == "val" and {"val", "test"} <= splits.keys():
         measured = splits["val"]
     elif split == "val":
-        held_out = len(order) // 10
+        held_out = max(1, len(order) // 10)
         measured, order = subset(train, order[:held_out]), order[held_out:]
     if train_images is not None and train_images > len(order):
         raise ValueError(f"{train_images} training images asked for, {dataset} has {len(order)}")

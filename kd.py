@@ -133,22 +133,31 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable:
 def prepare(**own: dict) -> tuple[Namespace, tuple[ImageLoader, ImageLoader]]:
     """The command line, completed from the recipe, and the loaders; `own`: the method's flags."""
     devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
-    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error, add = fail, parser.add_argument
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                            epilog="The recipes' sources stand beside them in the file.")
+    parser.error = fail
+
+    def add(flag: str, help: str, **option: object) -> None:
+        key = flag[2:].replace("-", "_")
+        values = [f"{name} {recipe[key]:g}" for name, recipe in RECIPES.items() if key in recipe]
+        parser.add_argument(flag, help=help + "; recipes: " * bool(values) + ", ".join(values),
+                            **option)
+
     add("--teacher", default="wrn16_3", help="network; default %(default)s")
     add("--student", default="wrn16_1", help="network; default %(default)s")
-    add("--dataset", default="cifar10", choices="cifar10 cifar100 cinic10 folder shapes".split())
+    add("--dataset", default="cifar10", choices="cifar10 cifar100 cinic10 folder shapes".split(),
+        help="cinic10 and folder are folders of images, shapes is drawn; default %(default)s")
     add("--data-dir", type=Path, default="data", help="where the data set is; default %(default)s")
     add("--recipe", choices=RECIPES, help="gives what is not given here; default: the data set's")
-    add("--epochs", type=number(int, 1), help="of the teacher, of the student; default: recipe's")
-    add("--batch-size", type=number(int, 1), help="in images; default: recipe's")
-    add("--lr", type=number(float, 1e-9), help="learning rate at the start; default: recipe's")
-    add("--augment", action=BooleanOptionalAction, help="crop and flip; default: recipe's")
-    add("--train-images", type=number(int, 1), help="train on a fair sample of so many images")
-    add("--image-size", type=number(int, 8), default=32, help="of folder, in pixels; default 32")
+    add("--epochs", type=number(int, 1), help="of the teacher, of the student")
+    add("--batch-size", type=number(int, 1), help="in images")
+    add("--lr", type=number(float, 1e-9), help="learning rate at the start")
+    add("--augment", action=BooleanOptionalAction, help="crop and flip")
+    add("--train-images", type=number(int, 1), help="train on so many, of every class alike")
+    add("--image-size", type=number(int, 8, 1024), default=32, help="of folders; default 32")
     add("--split", default="test", choices=["test", "val"], help="val is for tuning; default test")
     add("--seed", type=number(int, 0), default=0, help="of the first student; default 0")
-    add("--runs", type=number(int, 1), default=1, help="so many students, seed after seed")
+    add("--runs", type=number(int, 1), default=1, help="number of students, seed after seed")
     add("--teacher-seed", type=number(int, 0), default=0, help="default 0, for all students")
     add("--teacher-ckpt", type=Path, help="default: the teacher in --out, trained when absent")
     add("--teacher-epochs", type=number(int, 1), help="stop the teacher's schedule early")
@@ -163,6 +172,7 @@ def prepare(**own: dict) -> tuple[Namespace, tuple[ImageLoader, ImageLoader]]:
     args = parser.parse_args()
     args.own, args.teacher_sha256 = list(own), None
     args.device = devices[0] if args.device == "auto" else args.device
+    args.bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.data = str(args.data_dir.resolve()) if args.dataset == "folder" else args.dataset
     if (args.recipe or args.dataset) not in RECIPES:
         fail(f"no recipe for {args.dataset} here; choose one with --recipe {'|'.join(RECIPES)}")
@@ -188,12 +198,14 @@ def new_model(name: str, args: Namespace, loaders: tuple, seed: int) -> nn.Modul
     return model.to(args.device, memory_format=torch.channels_last)
 
 
-def restore(path: Path, model: nn.Module) -> dict:
-    """Load the weights of a checkpoint, and return all of it; nothing in the file is executed."""
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list:
+    """Load a checkpoint's weights, or a whole run and return its log; nothing in it is executed."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state.get("model", state))
-        return state
+        if optimizer:
+            optimizer.load_state_dict(state["optimizer"])
+        return state["log"] if optimizer else []
     except Exception as error:
         fail(f"{path} is missing, damaged or of another network or number of classes; name another "
              f"or train it anew ({str(error).split('. ')[0][:200]})")
@@ -218,7 +230,7 @@ def identify(args: Namespace, method: str, seed: int) -> tuple[Path, dict]:
 def evaluate(model: nn.Module, loader: ImageLoader, args: Namespace) -> float:
     """Accuracy in per cent, in eval mode."""
     model.eval()
-    with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
         right = torch.cat([model(images).argmax(1) == labels for images, labels in loader])
     return 100 * right.sum().item() / len(right)
 
@@ -227,7 +239,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
         stop: int | None = None) -> None:
     """Train `model` by SGD on the sum of the terms that step(images, labels) returns.
 
-    A run kept in its folder goes on behind its last epoch, to the same bits; `stop` ends it early.
+    A run kept in its folder goes on after its last epoch, to the same bits; `stop` ends it early.
     """
     train_loader, test_loader = loaders
     folder, settings = identify(args, method, seed)
@@ -238,13 +250,14 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
             "versions": [sys.version, *(str(m.__version__) for m in (torch, torchvision, numpy))],
             "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]}]
     if args.eval or (folder / "last.pt").exists() and not args.dry_run:
-        state = restore(folder / "last.pt", model)
-        optimizer.load_state_dict(state["optimizer"])
-        log, kept = state["log"], state["log"][0]["settings"]
+        sha256, log = log[0]["sha256"], restore(folder / "last.pt", model, optimizer)
+        kept, first = log[0]["settings"], int(method in ("teachers", "baseline"))
         if changed := [f"{key} {kept.get(key)}, now {value}" for key, value in settings.items()
                        if kept.get(key) != value]:
             fail(f"{folder} was made with other settings ({'; '.join(changed)}); choose another "
-                 f"--out, or take its network as a teacher: --teacher-ckpt {folder}/last.pt")
+                 f"--out" + (method == "teachers") * f" or --teacher-ckpt {folder}/last.pt")
+        if sha256[first:] != log[0]["sha256"][first:]:      # every script makes those two alike
+            print(f"note: {folder} was begun by other code; choose another --out to run today's")
     if args.eval:
         print(f"{folder}: {args.split} accuracy {evaluate(model, test_loader, args):.2f} %")
     elif not args.dry_run:
@@ -255,14 +268,14 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
         torch.manual_seed(seed * 1_000_003 + epoch)     # for dropout: no state to keep
         train_loader.seed = seed
         train_loader.set_epoch(epoch)
-        drops = sum(epoch > round(milestone * args.epochs) for milestone in args.milestones)
+        drops = sum(epoch > max(1, round(part * args.epochs)) for part in args.milestones)
         optimizer.param_groups[0]["lr"] = lr = args.lr * args.lr_decay ** drops
         model.train()
         sums, seen, start = 0, 0, time.perf_counter()
         batches = itertools.islice(train_loader, 2 if args.dry_run else None)
         for index, (images, labels) in enumerate(batches, 1):
             optimizer.zero_grad()
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
                 logits, terms = step(images, labels)
             sum(terms.values()).backward()
             optimizer.step()
@@ -272,7 +285,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
             if not host[:len(values)].copy_(sums, non_blocking=True).isfinite().all():
                 break
             if sys.stdout.isatty():
-                print(f"\repoch {epoch}: step {index}/{len(train_loader)}", end="", flush=True)
+                print(f"epoch {epoch}: step {index}/{len(train_loader)}", end="\r", flush=True)
         *means, train = (sums / seen).tolist()
         if not math.isfinite(sum(means)):
             fail(f"epoch {epoch}, step {index}: the loss is not finite ("
@@ -283,9 +296,8 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
                     "test": evaluate(model, test_loader, args), "images/s": speed,
                     "seconds": time.perf_counter() - start})
         left = timedelta(seconds=round((stop - epoch) * log[-1]["seconds"]))
-        print("\r" * sys.stdout.isatty()
-              + "  ".join(f"{key} {value:<6.4g}" for key, value in log[-1].items())
-              + f"  left {left}", flush=True)
+        print("  ".join(f"{key} {value:<6.5g}" for key, value in log[-1].items()), f" left {left}",
+              flush=True)
         if args.dry_run:
             return
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
@@ -320,41 +332,43 @@ def report(args: Namespace, method: str) -> None:
         return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
     results = {}
-    print(f"\n{args.split + ' accuracy, %':22}{'last epoch':16}{'best epoch':16}{'minutes':9}files")
+    print(f"\n{args.split + ' accuracy, %':24}{'last epoch':16}{'best epoch':16}{'minutes':9}files")
     for name in dict.fromkeys(["baseline", method]):
         logs = []
         for seed in range(args.seed, args.seed + args.runs):
             folder, settings = identify(args, name, seed)
-            if (folder / "last.pt").exists():
+            try:
                 header, *log = torch.load(folder / "last.pt", "cpu", weights_only=True)["log"]
-                logs += [log] if header["settings"] == settings and len(log) == args.epochs else []
+            except Exception:    # absent or damaged
+                continue
+            logs += [log] if header["settings"] == settings and len(log) == args.epochs else []
         if len(logs) == args.runs:
             results[name] = [log[-1]["test"] for log in logs]
             best = spread([max(row["test"] for row in log) for log in logs])
             minutes = sum(row["seconds"] for log in logs for row in log) / 60
-            print(f"{name:10}{args.student:12}{spread(results[name]):16}{best:16}{minutes:<9.1f}"
+            print(f"{name:10}{args.student:13} {spread(results[name]):16}{best:16}{minutes:<9.1f}"
                   f"{folder.parent}")
     if method != "baseline":
         gain = (f"{mean(results[method]) - mean(results['baseline']):+.2f}" if len(results) == 2
                 else "not known yet: run the same command with --baseline")
-        print(f"teacher   {args.teacher:12}{args.teacher_accuracy:.2f}")
-        print(f"gain over baseline    {gain}")
+        print(f"teacher   {args.teacher:13} {args.teacher_accuracy:.2f}")
+        print(f"gain over baseline      {gain}")
 # --- end shared ---
 
 
 def main() -> None:
     args, loaders = prepare(
-        temperature=dict(type=number(float, 0.1, 100), help="tau; default: recipe's"),
-        kd_weight=dict(type=number(float, 0, 1), help="lambda; default: recipe's"))
+        temperature=dict(type=number(float, 0.1, 100), help="tau"),
+        kd_weight=dict(type=number(float, 0, 1), help="lambda"))
     method = "baseline" if args.baseline else "kd"
     teacher = None if args.baseline else get_teacher(args, loaders)
     for seed in range(args.seed, args.seed + args.runs):
         student = new_model(args.student, args, loaders, seed)
         step = make_step(student, teacher, args)
         fit(student, step, loaders, args, method, seed, args.distill_epochs)
-        if args.distill_epochs:
+        if args.distill_epochs and not args.eval:
             fit(student, make_step(student, None, args), loaders, args, method, seed)
-    if not args.dry_run:
+    if not (args.dry_run or args.eval):
         report(args, method)
 
 

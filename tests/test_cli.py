@@ -140,6 +140,34 @@ def test_a_finished_run_prints_its_result_at_once(cli, out):
     assert (out / "shapes/at/wrn10_1-resnet8/seed0/last.pt").stat().st_mtime_ns == kept
 
 
+def test_other_code_is_noticed(cli, out, tmp_path, monkeypatch):
+    """Who edits a loss and repeats the command must not take the old result for the new."""
+    flags = [*SMALL, "--out", out]
+    assert "note" not in cli("kd", *flags, "--baseline").out + cli("kd", *flags).out
+    edited = tmp_path / "kd.py"
+    edited.write_text((ROOT / "kd.py").read_text() + "# an edit\n")
+    shutil.copy(ROOT / "common.py", tmp_path)
+    monkeypatch.setattr(sys.modules["kd"], "__file__", str(edited))
+    done = cli("kd", *flags)
+    assert done.out.count("note:") == 1 and "kd/wrn10_1-resnet8/seed0 was begun by" in done.out
+    assert "note:" not in cli("kd", *flags, "--baseline").out, "no method's text counts for this"
+    (tmp_path / "common.py").write_text("# an edit\n")
+    assert cli("kd", *flags).out.count("note:") == 2
+
+
+def test_a_damaged_baseline_is_no_baseline(cli, out):
+    flags = [*SMALL, "--out", out]
+    assert cli("kd", *flags, "--baseline").code == 0
+    assert cli("kd", *flags).out.splitlines()[-1].split()[-1][0] in "+-"
+    path = out / "shapes/baseline/resnet8/seed0/last.pt"
+    for damaged in (path.read_bytes()[:1000], b""):
+        path.write_bytes(damaged)
+        assert "--baseline" in cli("kd", *flags).out.splitlines()[-1]
+    torch.save(common.create_model("resnet8", 10).state_dict(), path)
+    assert "--baseline" in cli("kd", *flags).out.splitlines()[-1]
+    assert "last.pt" in cli("kd", *flags, "--baseline").refused()
+
+
 def test_early_stopped_kd(cli, tmp_path):
     """The schedule is that of all epochs; the teacher stops in it, the student drops it."""
     out = tmp_path / "runs"
@@ -170,7 +198,8 @@ def test_eval_measures_and_trains_nothing(cli, out):
     assert cli("kd", *flags).code == 0
     done = cli("kd", *flags, "--eval")
     accuracy = rows(out / "shapes/kd/wrn10_1-resnet8/seed0")[-1]["test"]
-    assert f"seed0: test accuracy {accuracy:.2f} %" in done.out and "epoch 1 " not in done.out
+    assert f"seed0: test accuracy {accuracy:.2f} %" in done.out.splitlines()[-1]
+    assert "epoch 1 " not in done.out
 
 
 def test_dry_run_keeps_nothing(cli, tmp_path):
@@ -246,7 +275,8 @@ REFUSED = [
     ("--kd-weight -0.1", "--kd-weight"), ("--kd-weight nan", "--kd-weight"),
     ("--seed -1", "--seed"),
     ("--train-images 5000", "4000"), ("--train-images 0", "--train-images"),
-    ("--split train", "--split"), ("--recipe mine", "--recipe"), ("--seed", "--seed"),
+    ("--image-size 200000", "--image-size"), ("--split train", "--split"),
+    ("--recipe mine", "--recipe"), ("--seed", "--seed"),
     ("--teacher-epochs 3", "--teacher-epochs"), ("--distill-epochs 3", "--distill-epochs"),
     ("--teacher-ckpt nowhere.pt", "nowhere.pt"), ("surplus", "surplus"),
     ("--dataset folder --data-dir nowhere", "nowhere"),
