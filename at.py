@@ -30,8 +30,8 @@ Departures from the paper and from the authors' code:
     sums: the same after normalisation.
  3. Recipe cifar10 is that of the AT+KD rows in Jeon et al. (the ATang paper), without crop and
     flip, so that kd.py, at.py and atang.py compare. Recipe cifar10-at is the authors' own; their
-    code resets the momentum when the learning rate drops and draws BatchNorm weights from U(0, 1),
-    this one does neither.
+    code resets the momentum when the learning rate drops, draws BatchNorm weights from U(0, 1) and
+    scales the other weights by fan-in; here the momentum goes on, and weights start as in kd.py.
  4. Maps of 1x1 pixel are 1 after normalisation and add nothing.
  5. On shapes every number is ours, found on its validation split.
 """

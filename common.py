@@ -33,7 +33,7 @@ class Taps(NamedTuple):
     logits: Tensor           # (N, num_classes)
     entries: list[Tensor]    # first map of each group (FSP's first map), (N, C, H, W)
     stages: list[Tensor]     # last map of each group (AT, ATang, FSP's second map)
-    pre_relu: list[Tensor]   # what enters the first ReLU behind each group
+    pre_relu: list[Tensor]   # what enters the first ReLU after each group
 
 
 def initialise(model: nn.Module) -> None:
@@ -102,7 +102,7 @@ class WideResNet(nn.Module):
             stages.append(x)
         normed = self.norm(x)
         logits = self.classifier(F.relu(normed).mean((2, 3)))
-        # the first group's own normed input lies behind no group
+        # the first group's own normed input follows no group
         return Taps(logits, entries, stages, pre_relu[1:] + [normed]) if taps else logits
 
 
@@ -165,7 +165,7 @@ class ResNet(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion - 3x3 depthwise - 1x1 projection, BatchNorm behind each, ReLU6 behind two."""
+    """1x1 expansion - 3x3 depthwise - 1x1 projection, BatchNorm after each, ReLU6 after two."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, expansion: int):
         super().__init__()
@@ -188,7 +188,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """The MobileNetV2 of the ATang paper's Table 4: 0.6M parameters, maps of 32, 16 and 8 pixels.
 
-    Its last stage ends behind the 1x1 convolution to 640 channels.
+    Its last stage ends after the 1x1 convolution to 640 channels.
     """
     # per group: (expansion, channels, blocks, stride)
     layout = [[(1, 8, 1, 1), (6, 16, 2, 1)],

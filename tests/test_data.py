@@ -169,7 +169,7 @@ def test_cifar_comes_from_torchvision(monkeypatch):
     monkeypatch.setattr(common.datasets, "CIFAR10", FakeCIFAR)
     train, test = load_data("cifar10", "data", 8, CPU, augment=True, seed=0)
     assert (len(train.labels), len(test.labels), train.num_classes) == (40, 10, 2)
-    assert train.images.shape == (80, 40, 40, 3)        # padded, and mirrored behind
+    assert train.images.shape == (80, 40, 40, 3)        # padded, then mirrored
     train, val = load_data("cifar10", "data", 8, CPU, augment=False, seed=0, split="val")
     assert (len(train.labels), len(val.labels)) == (36, 4)
     held_out = {x.tobytes() for x in val.images.numpy()}

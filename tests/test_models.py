@@ -64,7 +64,7 @@ def test_one_forward_pass_runs_each_norm_once(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_returned_maps_are_never_overwritten(name):
-    """Each tap still holds what its module gave: an in-place ReLU behind it would show."""
+    """Each tap still holds what its module gave: an in-place ReLU after it would show."""
     model = create_model(name, 10).train()
     seen = {}
 
