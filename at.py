@@ -17,7 +17,8 @@ of each group of blocks, to have the teacher's map; width may differ, since chan
     Q        attention_map()   (N, H*W)         tau      temperature      4
 
 Run:
-    python at.py --dataset shapes                          a laptop: @@TIME@@
+    python at.py --dataset shapes                          5 minutes on 2 CPU cores: 81.9 %,
+                                                           baseline 73.9 (5 seeds, see README)
     python at.py --teacher wrn16_3 --student wrn16_1       AT+KD on CIFAR-10, 200 epochs, a GPU
     python at.py --recipe cifar10-at                       AT alone, by the recipe of its own paper
 

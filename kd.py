@@ -20,7 +20,8 @@ learns from the teacher's soft labels and, with the rest of the weight, from the
     y        labels            (N,)
 
 Run:
-    python kd.py --dataset shapes                          a laptop: @@TIME@@
+    python kd.py --dataset shapes                          5 minutes on 2 CPU cores: 73.6 %,
+                                                           baseline 73.9 (5 seeds, see README)
     python kd.py --teacher wrn16_3 --student wrn16_1       CIFAR-10, 200 epochs, a GPU
     python kd.py --dataset shapes --baseline               the student without a teacher
 
