@@ -51,6 +51,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from datetime import timedelta
 from functools import partial
@@ -289,7 +290,9 @@ def new_model(name: str, args: Namespace, loaders: tuple, seed: int) -> nn.Modul
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list:
     """Load a checkpoint's weights, or a whole run and return its log; nothing in it is executed."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():     # the error below says all in one line
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state.get("model", state))
         if optimizer:
             optimizer.load_state_dict(state["optimizer"])

@@ -320,6 +320,8 @@ def test_refused_checkpoints(cli, out, tmp_path, monkeypatch):
     for path in sorted(tmp_path.glob("*.pt")):
         line = cli("kd", *SMALL, "--out", tmp_path / "new", "--teacher-ckpt", path).refused()
         assert path.name in line and len(line) < 500
+    # nor does torch's own warning about it stand beside the one line
+    shell("kd", *SMALL, "--teacher-ckpt", tmp_path / "hostile.pt", cwd=tmp_path).refused()
     assert not (tmp_path / "executed").exists() and not (tmp_path / "new").exists()
     # the same for a run that is to be continued
     folder = out / "shapes/kd/wrn10_1-resnet8/seed0"

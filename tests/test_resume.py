@@ -110,8 +110,10 @@ def test_every_script_goes_on_after_its_last_epoch(script, cli, tmp_path, monkey
 
 
 def start(script: str, *flags: object) -> subprocess.Popen:
+    """A process that Ctrl-C reaches, which one begun in a shell's background would ignore."""
     return subprocess.Popen([sys.executable, "-B", str(ROOT / f"{script}.py"), *map(str, flags)],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def kill_and_resume(out: Path, kills: int, epochs: int) -> None:
