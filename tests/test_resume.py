@@ -157,4 +157,4 @@ def test_ctrl_c(tmp_path):
 
 if __name__ == "__main__":
     kills = int(sys.argv[1])
-    kill_and_resume(Path(tempfile.mkdtemp()), kills, epochs=5 * kills)
+    kill_and_resume(Path(tempfile.mkdtemp()), kills, epochs=3 * kills // 2)
