@@ -411,9 +411,11 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        print("\nstopped; every finished epoch is kept, and the same command goes on from there")
-        sys.exit(130)
     except OSError as error:
         fail(error)
+    except BaseException as error:      # Ctrl-C within torch.save comes out as an error of its own
+        if KeyboardInterrupt not in (type(error), type(error.__context__)):
+            raise
+        print("\nstopped; every finished epoch is kept, and the same command goes on from there")
+        sys.exit(130)
 # --- end shared ---
