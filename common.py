@@ -5,14 +5,17 @@
     taps = model(images, taps=True)            # Taps(logits, entries, stages, pre_relu)
     train_loader, test_loader = load_data("shapes", "data", 64, torch.device("cpu"),
                                           augment=True, seed=0)
+
+`python common.py` prints every network's size and maps, and the pairs of the papers' tables.
 """
 import hashlib
 import math
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 class Taps(NamedTuple):
     """What one forward pass shows of a network; the lists run from the input to the output.
 
-    A group is a run of blocks of equal spatial size: three in every network of this file.
+    A group is a run of blocks of equal spatial size: three in most networks, four in some.
     """
     logits: Tensor           # (N, num_classes)
     entries: list[Tensor]    # first map of each group (FSP's first map), (N, C, H, W)
@@ -42,7 +45,7 @@ def initialise(model: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
             fan_out = module.weight[0, 0].numel() * module.out_channels
             nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
@@ -127,28 +130,57 @@ class BasicBlock(nn.Module):
         return F.relu(total), middle, total
 
 
-class ResNet(nn.Module):
-    """CIFAR ResNet (He et al. 2016), depth = 6n + 2, with 1x1 convolution shortcuts."""
+class Bottleneck(nn.Module):
+    """1x1 to a quarter of the channels - 3x3 - 1x1, each with BatchNorm, plus shortcut, ReLU."""
 
-    def __init__(self, depth: int, num_classes: int):
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
         super().__init__()
-        self.stage_channels = [16, 32, 64]
-        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(16)
+        planes = channels_out // 4
+        self.conv1 = nn.Conv2d(channels_in, planes, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, channels_out, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(channels_out)
+        self.shortcut = nn.Identity()
+        if stride != 1 or channels_in != channels_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
+                nn.BatchNorm2d(channels_out))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        middle = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(self.norm2(self.conv2(middle)))
+        total = self.norm3(self.conv3(y)) + self.shortcut(x)
+        return F.relu(total), middle, total
+
+
+class ResNet(nn.Module):
+    """Residual network for small images (He et al. 2016), with 1x1 convolution shortcuts.
+
+    resnet20: depth 6n + 2 in three groups of n basic blocks, 16 to 64 channels; resnet8x4: four
+    times as wide, with a stem of 32 channels; resnet50: four groups of bottlenecks.
+    """
+
+    def __init__(self, block: type, counts: list[int], channels: list[int], num_classes: int):
+        super().__init__()
+        stem, *self.stage_channels = channels
+        self.conv = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(stem)
         self.groups = nn.ModuleList()
-        channels = 16
-        for stride, channels_out in zip((1, 2, 2), self.stage_channels):
+        for number, (count, channels_out) in enumerate(zip(counts, self.stage_channels)):
             blocks = nn.ModuleList()
-            for index in range((depth - 2) // 6):
-                blocks.append(BasicBlock(channels, channels_out, 1 if index else stride))
-                channels = channels_out
+            for index in range(count):
+                stride = 2 if number > 0 and index == 0 else 1
+                blocks.append(block(channels_out if index else channels[number], channels_out,
+                                    stride))
             self.groups.append(blocks)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = nn.Linear(channels[-1], num_classes)
         initialise(self)
 
     @property
     def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
-        return [group[-1].norm2 for group in self.groups]
+        return [getattr(group[-1], "norm3", group[-1].norm2) for group in self.groups]
 
     def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
         entries, stages, pre_relu = [], [], []
@@ -164,14 +196,137 @@ class ResNet(nn.Module):
         return Taps(logits, entries, stages, pre_relu) if taps else logits
 
 
-class InvertedResidual(nn.Module):
-    """1x1 expansion - 3x3 depthwise - 1x1 projection, BatchNorm after each, ReLU6 after two."""
+class PyramidBlock(nn.Module):
+    """BatchNorm first and no ReLU before the first convolution or after the block.
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int, expansion: int):
+    basic: two 3x3; bottleneck: 1x1, 3x3, 1x1 to four times the planes. The shortcut has no weights:
+    it averages 2x2 pixels where the size halves and pads the missing channels with zeros.
+    """
+
+    def __init__(self, channels_in: int, planes: int, stride: int, bottleneck: bool):
         super().__init__()
-        hidden = channels_in * expansion
-        self.expand = nn.Conv2d(channels_in, hidden, 1, bias=False) if expansion > 1 else None
-        self.norm1 = nn.BatchNorm2d(hidden) if expansion > 1 else None
+        kernels = [1, 3, 1] if bottleneck else [3, 3]
+        widths = [channels_in] + [planes] * len(kernels)
+        widths[-1] *= 4 if bottleneck else 1
+        self.stride, self.bottleneck = stride, bottleneck
+        self.norms = nn.ModuleList([nn.BatchNorm2d(width) for width in widths])
+        self.convs = nn.ModuleList()
+        for index, kernel in enumerate(kernels):
+            self.convs.append(nn.Conv2d(widths[index], widths[index + 1], kernel,
+                                        stride if index == len(kernels) - 2 else 1, kernel // 2,
+                                        bias=False))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        normed = self.norms[0](x)
+        y = shown = self.norms[1](self.convs[0](normed))
+        for conv, norm in zip(self.convs[1:], self.norms[2:]):
+            y = norm(conv(F.relu(y)))
+        if self.stride == 2:
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        # a basic block's first convolution halves the size already: there its input is shown
+        return (y + F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1])),
+                shown if self.bottleneck else normed)
+
+
+class PyramidNet(nn.Module):
+    """PyramidNet-depth (alpha) (Han et al. 2017): every block is alpha / #blocks planes wider."""
+
+    def __init__(self, depth: int, alpha: int, bottleneck: bool, num_classes: int):
+        super().__init__()
+        count = (depth - 2) // (9 if bottleneck else 6)
+        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(16)
+        self.groups, self.stage_channels = nn.ModuleList(), []
+        channels, width = 16, 16.0
+        for number in range(3):
+            blocks = nn.ModuleList()
+            for index in range(count):
+                width += alpha / (3 * count)
+                stride = 2 if number > 0 and index == 0 else 1
+                blocks.append(PyramidBlock(channels, round(width), stride, bottleneck))
+                channels = round(width) * (4 if bottleneck else 1)
+            self.groups.append(blocks)
+            self.stage_channels.append(channels)
+        self.norm = nn.BatchNorm2d(channels)
+        self.classifier = nn.Linear(channels, num_classes)
+        initialise(self)
+
+    @property
+    def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
+        firsts = [group[0] for group in self.groups[1:]]
+        return [block.norms[int(block.bottleneck)] for block in firsts] + [self.norm]
+
+    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
+        entries, stages, pre_relu = [], [], []
+        x = self.stem_norm(self.conv(x))
+        for group in self.groups:
+            for index, block in enumerate(group):
+                x, shown = block(x)
+                if index == 0:
+                    entries.append(x)
+                    pre_relu.append(shown)
+            stages.append(x)
+        normed = self.norm(x)
+        logits = self.classifier(F.relu(normed).mean((2, 3)))
+        return Taps(logits, entries, stages, pre_relu[1:] + [normed]) if taps else logits
+
+
+class VGG(nn.Module):
+    """VGG with BatchNorm: five runs of 3x3 convolutions, max-pooling after the first three.
+
+    The first run, at full size, counts as the stem: four groups of a half to an eighth of it.
+    """
+
+    def __init__(self, convolutions: int, num_classes: int):
+        super().__init__()
+        self.stage_channels = [128, 256, 512, 512]
+        self.groups, channels = nn.ModuleList(), 3
+        for channels_out in (64, *self.stage_channels):
+            units = nn.ModuleList()
+            for _ in range(convolutions):
+                units.append(nn.Sequential(nn.Conv2d(channels, channels_out, 3, 1, 1),
+                                           nn.BatchNorm2d(channels_out)))
+                channels = channels_out
+            self.groups.append(units)
+        self.classifier = nn.Linear(512, num_classes)
+        initialise(self)
+        nn.init.normal_(self.classifier.weight, 0.0, 0.01)
+
+    @property
+    def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
+        return [group[-1][1] for group in self.groups[1:]]
+
+    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
+        entries, stages, pre_relu = [], [], []
+        for number, group in enumerate(self.groups):
+            entry = x       # a group of one convolution has no other first map than what enters it
+            for index, unit in enumerate(group):
+                normed = unit(x)
+                x = F.relu(normed)
+                if index == 0 and len(group) > 1:
+                    entry = x
+            entries.append(entry)
+            stages.append(x)
+            pre_relu.append(normed)
+            if number < 3:
+                x = F.max_pool2d(x, 2)
+        logits = self.classifier(x.mean((2, 3)))
+        return Taps(logits, entries[1:], stages[1:], pre_relu[1:]) if taps else logits
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion - 3x3 depthwise - 1x1 projection, BatchNorm after each, activation after two.
+
+    Without an expansion convolution where `expansion` is 0.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int, expansion: int,
+                 activation: Callable):
+        super().__init__()
+        hidden = channels_in * (expansion or 1)
+        self.activation = activation
+        self.expand = nn.Conv2d(channels_in, hidden, 1, bias=False) if expansion else None
+        self.norm1 = nn.BatchNorm2d(hidden) if expansion else None
         self.depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
         self.norm2 = nn.BatchNorm2d(hidden)
         self.project = nn.Conv2d(hidden, channels_out, 1, bias=False)
@@ -180,50 +335,60 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         normed = x if self.expand is None else self.norm1(self.expand(x))
-        y = normed if self.expand is None else F.relu6(normed)
-        y = self.norm3(self.project(F.relu6(self.norm2(self.depthwise(y)))))
+        y = normed if self.expand is None else self.activation(normed)
+        y = self.norm3(self.project(self.activation(self.norm2(self.depthwise(y)))))
         return x + y if self.residual else y, normed
 
 
 class MobileNetV2(nn.Module):
-    """The MobileNetV2 of the ATang paper's Table 4: 0.6M parameters, maps of 32, 16 and 8 pixels.
+    """MobileNetV2 (Sandler et al. 2018) for small images, in the two forms of the papers' tables.
 
-    Its last stage ends after the 1x1 convolution to 640 channels.
+    mobilenetv2: the ATang paper's Table 4, 0.6M weights, maps of 32, 16 and 8 pixels; its last
+    stage ends after the 1x1 convolution to 640 channels.
+    mobilenetv2_half: the CIFAR-100 tables', half the width of the original, maps of 16 to 2 pixels.
     """
-    # per group: (expansion, channels, blocks, stride)
-    layout = [[(1, 8, 1, 1), (6, 16, 2, 1)],
-              [(6, 16, 3, 2), (6, 32, 4, 1), (6, 48, 3, 1)],
-              [(6, 80, 3, 2), (6, 160, 1, 1)]]
+    # stem and last 1x1: channels and stride; per group: (expansion, channels, blocks, stride)
+    layouts = {
+        "mobilenetv2": ((8, 1), 640, F.relu6, [[(0, 8, 1, 1), (6, 16, 2, 1)],
+                                               [(6, 16, 3, 2), (6, 32, 4, 1), (6, 48, 3, 1)],
+                                               [(6, 80, 3, 2), (6, 160, 1, 1)]]),
+        "mobilenetv2_half": ((16, 2), 1280, F.relu, [[(1, 8, 1, 1), (6, 12, 2, 1)],
+                                                     [(6, 16, 3, 2)],
+                                                     [(6, 32, 4, 2), (6, 48, 3, 1)],
+                                                     [(6, 80, 3, 2), (6, 160, 1, 1)]])}
 
-    def __init__(self, num_classes: int, dropout: float = 0.2):
+    def __init__(self, form: str, num_classes: int, dropout: float = 0.0):
         super().__init__()
-        self.stage_channels = [16, 48, 640]
-        self.conv = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
+        (channels, stem_stride), last, self.activation, layout = self.layouts[form]
+        self.stage_channels = [rows[-1][1] for rows in layout]
+        self.ends_in_last_conv = form == "mobilenetv2"
+        if self.ends_in_last_conv:
+            self.stage_channels[-1] = last
+        self.conv = nn.Conv2d(3, channels, 3, stem_stride, 1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
         self.groups = nn.ModuleList()
-        channels = 8
-        for rows in self.layout:
+        for rows in layout:
             blocks = nn.ModuleList()
             for expansion, channels_out, count, stride in rows:
                 for index in range(count):
                     blocks.append(InvertedResidual(channels, channels_out, 1 if index else stride,
-                                                   expansion))
+                                                   expansion, self.activation))
                     channels = channels_out
             self.groups.append(blocks)
-        self.last_conv = nn.Conv2d(channels, 640, 1, bias=False)
-        self.last_norm = nn.BatchNorm2d(640)
+        self.last_conv = nn.Conv2d(channels, last, 1, bias=False)
+        self.last_norm = nn.BatchNorm2d(last)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(640, num_classes)
+        self.classifier = nn.Linear(last, num_classes)
         initialise(self)
         nn.init.normal_(self.classifier.weight, 0.0, 0.01)
 
     @property
     def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
-        return [self.groups[1][0].norm1, self.groups[2][0].norm1, self.last_norm]
+        return [group[0].norm1 for group in self.groups[1:]] + [self.last_norm]
 
     def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
         entries, stages, pre_relu = [], [], []
-        x = F.relu6(self.norm(self.conv(x)))
+        x = self.activation(self.norm(self.conv(x)))
         for group in self.groups:
             for index, block in enumerate(group):
                 x, normed = block(x)
@@ -232,9 +397,165 @@ class MobileNetV2(nn.Module):
                     pre_relu.append(normed)
             stages.append(x)
         normed = self.last_norm(self.last_conv(x))
-        stages[-1] = F.relu6(normed)
-        logits = self.classifier(self.dropout(stages[-1].mean((2, 3))))
+        x = self.activation(normed)
+        if self.ends_in_last_conv:
+            stages[-1] = x
+        logits = self.classifier(self.dropout(x.mean((2, 3))))
         return Taps(logits, entries, stages, pre_relu[1:] + [normed]) if taps else logits
+
+
+def shuffle(x: Tensor, groups: int) -> Tensor:
+    """Interleave the channels of `groups` groups, so that the next grouped convolution mixes."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class ShuffleBlockV1(nn.Module):
+    """1x1 - shuffle - 3x3 depthwise - 1x1, the 1x1 in three groups; plus shortcut, ReLU.
+
+    At stride 2 the averaged input is not added but stands beside the new channels.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        new = channels_out - channels_in if stride == 2 else channels_out
+        hidden = new // 4
+        self.stride, self.groups = stride, 1 if channels_in == 24 else 3    # 24: after the stem
+        self.conv1 = nn.Conv2d(channels_in, hidden, 1, groups=self.groups, bias=False)
+        self.norm1 = nn.BatchNorm2d(hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
+        self.norm2 = nn.BatchNorm2d(hidden)
+        self.conv3 = nn.Conv2d(hidden, new, 1, groups=3, bias=False)
+        self.norm3 = nn.BatchNorm2d(new)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = shuffle(F.relu(self.norm1(self.conv1(x))), self.groups)
+        y = self.norm3(self.conv3(F.relu(self.norm2(self.depthwise(y)))))
+        total = torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1) if self.stride == 2 else y + x
+        return F.relu(total), total
+
+
+class ShuffleNetV1(nn.Module):
+    """ShuffleNet (Zhang et al. 2018), three groups in every 1x1, stem without stride."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.stage_channels = [240, 480, 960]
+        self.conv = nn.Conv2d(3, 24, 1, bias=False)
+        self.norm = nn.BatchNorm2d(24)
+        self.groups, channels = nn.ModuleList(), 24
+        for channels_out, count in zip(self.stage_channels, (4, 8, 4)):
+            self.groups.append(nn.ModuleList(
+                [ShuffleBlockV1(channels, channels_out, 2)]
+                + [ShuffleBlockV1(channels_out, channels_out, 1) for _ in range(count - 1)]))
+            channels = channels_out
+        self.classifier = nn.Linear(channels, num_classes)
+        initialise(self)
+
+    @property
+    def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
+        return [group[-1].norm3 for group in self.groups]
+
+    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
+        entries, stages, pre_relu = [], [], []
+        x = F.relu(self.norm(self.conv(x)))
+        for group in self.groups:
+            for index, block in enumerate(group):
+                x, total = block(x)
+                if index == 0:
+                    entries.append(x)
+            stages.append(x)
+            pre_relu.append(total)
+        logits = self.classifier(x.mean((2, 3)))
+        return Taps(logits, entries, stages, pre_relu) if taps else logits
+
+
+class ShuffleBlockV2(nn.Module):
+    """Half of the channels pass, half go through 1x1 - 3x3 depthwise - 1x1; then a shuffle.
+
+    At stride 2 both halves are made from the whole input, the first by 3x3 depthwise - 1x1.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        half = channels_out // 2
+        self.stride = stride
+        self.side = nn.Sequential(
+            nn.Conv2d(channels_in, channels_in, 3, 2, 1, groups=channels_in, bias=False),
+            nn.BatchNorm2d(channels_in),
+            nn.Conv2d(channels_in, half, 1, bias=False),
+            nn.BatchNorm2d(half)) if stride == 2 else None
+        self.conv1 = nn.Conv2d(channels_in if stride == 2 else half, half, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(half)
+        self.depthwise = nn.Conv2d(half, half, 3, stride, 1, groups=half, bias=False)
+        self.norm2 = nn.BatchNorm2d(half)
+        self.conv3 = nn.Conv2d(half, half, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(half)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept, worked = (F.relu(self.side(x)), x) if self.stride == 2 else x.chunk(2, 1)
+        normed = self.norm1(self.conv1(worked))
+        y = self.norm2(self.depthwise(F.relu(normed)))
+        y = F.relu(self.norm3(self.conv3(y)))
+        return shuffle(torch.cat([kept, y], 1), 2), normed
+
+
+class ShuffleNetV2(nn.Module):
+    """ShuffleNetV2 (Ma et al. 2018) of size 1, stem without stride."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.stage_channels = [116, 232, 464]
+        self.conv = nn.Conv2d(3, 24, 1, bias=False)
+        self.norm = nn.BatchNorm2d(24)
+        self.groups, channels = nn.ModuleList(), 24
+        for channels_out, count in zip(self.stage_channels, (4, 8, 4)):
+            self.groups.append(nn.ModuleList(
+                [ShuffleBlockV2(channels, channels_out, 2)]
+                + [ShuffleBlockV2(channels_out, channels_out, 1) for _ in range(count - 1)]))
+            channels = channels_out
+        self.last_conv = nn.Conv2d(channels, 1024, 1, bias=False)
+        self.last_norm = nn.BatchNorm2d(1024)
+        self.classifier = nn.Linear(1024, num_classes)
+        initialise(self)
+
+    @property
+    def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
+        return [group[0].norm1 for group in self.groups[1:]] + [self.last_norm]
+
+    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
+        entries, stages, pre_relu = [], [], []
+        x = F.relu(self.norm(self.conv(x)))
+        for group in self.groups:
+            for index, block in enumerate(group):
+                x, normed = block(x)
+                if index == 0:
+                    entries.append(x)
+                    pre_relu.append(normed)
+            stages.append(x)
+        normed = self.last_norm(self.last_conv(x))
+        logits = self.classifier(F.relu(normed).mean((2, 3)))
+        return Taps(logits, entries, stages, pre_relu[1:] + [normed]) if taps else logits
+
+
+# The pairs of networks, teacher and student, of the papers' tables on small images.
+PAIRS = {
+    "ATang, Tables 2 to 4 (CIFAR-10, CINIC-10)": [
+        ("wrn16_3", "wrn16_1"), ("wrn28_3", "wrn16_1"), ("wrn28_3", "wrn16_3"),
+        ("resnet44", "wrn16_1"), ("mobilenetv2", "resnet20")],
+    "FSP, Table 1 (CIFAR-100)": [("resnet32", "resnet32")],
+    "Overhaul, Table 2 (CIFAR-100), settings a to f": [
+        ("wrn28_4", "wrn16_4"), ("wrn28_4", "wrn28_2"), ("wrn28_4", "wrn16_2"),
+        ("wrn28_4", "resnet56"), ("pyramidnet200_240", "wrn28_4"),
+        ("pyramidnet200_240", "pyramidnet110_84")],
+    "SKD, Table 3 (CIFAR-100)": [
+        ("wrn40_2", "wrn16_2"), ("wrn40_2", "wrn40_1"), ("resnet56", "resnet20"),
+        ("resnet110", "resnet20"), ("resnet110", "resnet32"), ("resnet32x4", "resnet8x4"),
+        ("vgg13", "vgg8")],
+    "SKD, Table 4 (CIFAR-100), unlike networks": [
+        ("resnet50", "mobilenetv2_half"), ("resnet50", "vgg8"), ("resnet32x4", "shufflenetv1"),
+        ("resnet32x4", "shufflenetv2"), ("wrn40_2", "shufflenetv1")],
+    "SKD, Table 7 (CIFAR-100), growing teachers": [
+        (f"resnet{depth}", "resnet14") for depth in (20, 32, 44, 56, 110)]}
 
 
 def create_model(name: str, num_classes: int, **kw) -> nn.Module:
@@ -245,14 +566,22 @@ def create_model(name: str, num_classes: int, **kw) -> nn.Module:
             raise ValueError(f"{name}: a wide residual network has depth 6n+4 (10, 16, 22, 28, 40) "
                              f"and width 1 or more, as in wrn16_3")
         return WideResNet(depth, width, num_classes, **kw)
-    if match := re.fullmatch(r"resnet(\d+)", name):
-        depth = int(match[1])
+    if name == "resnet50":
+        return ResNet(Bottleneck, [3, 4, 6, 3], [64, 256, 512, 1024, 2048], num_classes, **kw)
+    if match := re.fullmatch(r"resnet(\d+)(x4)?", name):
+        depth, channels = int(match[1]), [32, 64, 128, 256] if match[2] else [16, 16, 32, 64]
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"{name}: a CIFAR residual network has depth 6n+2 "
-                             f"(8, 14, 20, 26, 32, 44, 56, 110), as in resnet20")
-        return ResNet(depth, num_classes, **kw)
-    if name == "mobilenetv2":
-        return MobileNetV2(num_classes, **kw)
+                             f"(8, 14, 20, 26, 32, 44, 56, 110), as in resnet20 or resnet8x4")
+        return ResNet(BasicBlock, [(depth - 2) // 6] * 3, channels, num_classes, **kw)
+    if name in MobileNetV2.layouts:
+        return MobileNetV2(name, num_classes, **kw)
+    makers = {"vgg8": partial(VGG, 1), "vgg13": partial(VGG, 2),
+              "shufflenetv1": ShuffleNetV1, "shufflenetv2": ShuffleNetV2,
+              "pyramidnet110_84": partial(PyramidNet, 110, 84, False),
+              "pyramidnet200_240": partial(PyramidNet, 200, 240, True)}
+    if name in makers:
+        return makers[name](num_classes=num_classes, **kw)
     raise ValueError(f"unknown network {name}; known are {', '.join(model_names())}")
 
 
@@ -261,7 +590,28 @@ def model_names() -> list[str]:
     wide = ["16_1", "16_2", "16_3", "16_4", "16_8", "28_1", "28_2", "28_3", "28_4", "28_6",
             "40_1", "40_2"]
     return ([f"wrn{size}" for size in wide]
-            + [f"resnet{depth}" for depth in (8, 14, 20, 26, 32, 44, 56, 110)] + ["mobilenetv2"])
+            + [f"resnet{depth}" for depth in (8, 14, 20, 26, 32, 44, 56, 110, "8x4", "32x4", 50)]
+            + ["pyramidnet110_84", "pyramidnet200_240", "vgg8", "vgg13", "mobilenetv2",
+               "mobilenetv2_half", "shufflenetv1", "shufflenetv2"])
+
+
+def print_networks() -> None:
+    """Every network's size and the shape of its maps for 32x32 images, then the papers' pairs."""
+    def shapes(maps: list[Tensor]) -> str:
+        return " ".join(f"{x.shape[1]}x{x.shape[2]}" for x in maps)
+
+    print("channels x pixels of each group's first map (entries), last map (stages), and pre_relu")
+    print(f"{'network':18}{'10 classes':>12}{'100 classes':>13}  {'entries':27}{'stages':29}"
+          f"pre_relu")
+    with torch.device("meta"), torch.no_grad():     # shapes without numbers
+        for name in model_names():
+            small, large = create_model(name, 10), create_model(name, 100)
+            taps = small.eval()(torch.empty(1, 3, 32, 32), taps=True)
+            counts = [sum(p.numel() for p in model.parameters()) for model in (small, large)]
+            print(f"{name:18}{counts[0]:12,}{counts[1]:13,}  {shapes(taps.entries):27}"
+                  f"{shapes(taps.stages):29}{shapes(taps.pre_relu)}")
+    for table, pairs in PAIRS.items():
+        print(f"\n{table}: " + ", ".join(f"{student} from {teacher}" for teacher, student in pairs))
 
 
 # ================================================================================================
@@ -546,3 +896,7 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     return (ImageLoader(train, *shared, batch_size, device, shuffle=True, augment=augment,
                         reflect=reflect, seed=seed),
             ImageLoader(measured, *shared, 500, device, shuffle=False))
+
+
+if __name__ == "__main__":
+    print_networks()

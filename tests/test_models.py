@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import Taps, create_model, model_names
+from common import PAIRS, Taps, create_model, model_names, print_networks, shuffle
 
 COUNTS = {      # trainable parameters at 10 and at 100 classes, of the reference classes
     "wrn16_1": (175_066, 180_916), "wrn16_2": (691_674, 703_284),
@@ -15,8 +15,26 @@ COUNTS = {      # trainable parameters at 10 and at 100 classes, of the referenc
     "resnet8": (78_042, 83_892), "resnet14": (175_258, 181_108), "resnet20": (272_474, 278_324),
     "resnet26": (369_690, 375_540), "resnet32": (466_906, 472_756), "resnet44": (661_338, 667_188),
     "resnet56": (855_770, 861_620), "resnet110": (1_730_714, 1_736_564),
-    "mobilenetv2": (590_026, 647_716)}
-NAMES = ["wrn10_2", "wrn16_1", "wrn16_3", "resnet8", "resnet20", "mobilenetv2"]
+    "resnet8x4": (1_210_410, 1_233_540), "resnet32x4": (7_410_730, 7_433_860),
+    "resnet50": (23_520_842, 23_705_252), "vgg8": (3_918_858, 3_965_028),
+    "vgg13": (9_416_010, 9_462_180), "mobilenetv2": (590_026, 647_716),
+    "mobilenetv2_half": (697_546, 812_836), "shufflenetv1": (862_768, 949_258),
+    "shufflenetv2": (1_263_278, 1_355_528), "pyramidnet110_84": (3_904_446, 3_913_536),
+    "pyramidnet200_240": (26_752_702, 26_844_952)}
+NAMES = ["wrn10_2", "wrn16_1", "wrn16_3", "resnet8", "resnet20", "resnet8x4", "resnet50",
+         "mobilenetv2", "mobilenetv2_half", "vgg8", "vgg13", "shufflenetv1", "shufflenetv2",
+         "pyramidnet110_84"]
+# pixels of the groups of an image of 32, where they are not 32, 16 and 8
+SIZES = {"resnet50": [32, 16, 8, 4], "vgg8": [16, 8, 4, 4], "vgg13": [16, 8, 4, 4],
+         "mobilenetv2_half": [16, 8, 4, 2], "shufflenetv1": [16, 8, 4], "shufflenetv2": [16, 8, 4]}
+# what the papers and their code distil, as (channels, pixels): Overhaul's positions in PyramidNet
+PRE_RELU = {"pyramidnet200_240": [(100, 32), (180, 16), (1024, 8)],
+            "pyramidnet110_84": [(44, 32), (72, 16), (100, 8)],
+            "wrn28_4": [(64, 32), (128, 16), (256, 8)], "resnet56": [(16, 32), (32, 16), (64, 8)]}
+# whose maps in front of the ReLU are a norm's output plus the shortcut
+SUMS = ("resnet", "shufflenetv1")
+# whose groups begin narrower than they end
+NARROWER = ("mobilenet", "vgg8", "pyramidnet")
 
 
 def test_every_name_has_its_count():
@@ -37,14 +55,14 @@ def test_parameter_count(name, index, classes):
 def test_taps_have_the_groups_shapes(name, size):
     model = create_model(name, 7).eval()
     taps = model(torch.randn(2, 3, size, size), taps=True)
-    sizes = [(size, size), (size // 2, size // 2), (size // 4, size // 4)]
+    sizes = [(side * size // 32,) * 2 for side in SIZES.get(name, [32, 16, 8])]
     assert isinstance(taps, Taps) and taps.logits.shape == (2, 7)
     assert [tuple(x.shape[-2:]) for x in taps.entries] == sizes
     assert [tuple(x.shape[-2:]) for x in taps.stages] == sizes
     assert [tuple(x.shape[-2:]) for x in taps.pre_relu] == sizes
     assert [x.shape[1] for x in taps.stages] == model.stage_channels
     assert [x.shape[1] for x in taps.pre_relu] == [n.num_features for n in model.pre_relu_norms]
-    if name != "mobilenetv2":       # whose groups begin narrower than they end
+    if not name.startswith(NARROWER):
         assert [x.shape[1] for x in taps.entries] == model.stage_channels
 
 
@@ -77,7 +95,7 @@ def test_returned_maps_are_never_overwritten(name):
         module.register_forward_hook(remember)
     taps = model(torch.randn(4, 3, 16, 16), taps=True)
     maps = [*taps.entries, *taps.stages, *taps.pre_relu]
-    assert sum(id(tensor) in seen for tensor in maps) >= 5
+    assert sum(id(tensor) in seen for tensor in maps) >= 4
     for tensor in maps:
         assert tensor._version == 0
         assert id(tensor) not in seen or torch.equal(tensor, seen[id(tensor)][1])
@@ -85,14 +103,14 @@ def test_returned_maps_are_never_overwritten(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pre_relu_is_what_the_named_norm_feeds(name):
-    """WRN, MobileNetV2: the norm's own output. ResNet: the norm's output plus the shortcut."""
+    """The norm's own output, or in ResNets and ShuffleNetV1 that plus the shortcut."""
     model = create_model(name, 10).eval()
     outputs = {}
     for norm in model.pre_relu_norms:
         norm.register_forward_hook(lambda module, _, output: outputs.__setitem__(module, output))
     taps = model(torch.randn(2, 3, 32, 32), taps=True)
     for norm, tap, stage in zip(model.pre_relu_norms, taps.pre_relu, taps.stages):
-        if name.startswith("resnet"):
+        if name.startswith(SUMS):
             assert torch.equal(tap.relu(), stage) and not torch.equal(tap, outputs[norm])
         else:
             assert torch.equal(tap, outputs[norm])
@@ -129,7 +147,79 @@ def test_initialisation_is_he_fan_out():
     assert model.classifier.bias.abs().sum() == 0
 
 
-@pytest.mark.parametrize("name", ["wrn16_1", "resnet8", "mobilenetv2"])
+@pytest.mark.parametrize("name", PRE_RELU)
+def test_the_overhaul_papers_positions(name):
+    with torch.device("meta"), torch.no_grad():
+        taps = create_model(name, 100).eval()(torch.empty(1, 3, 32, 32), taps=True)
+    assert [tuple(x.shape[1:3]) for x in taps.pre_relu] == PRE_RELU[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_relu_after_a_group_sees_the_pre_relu_map(name, monkeypatch):
+    """Seen from the activations' side: what enters them, in the order of the pass."""
+    model = create_model(name, 10).eval()
+    entered = []
+
+    def note(activation):
+        return lambda x: (entered.append(x), activation(x))[1]
+
+    for function in ("relu", "relu6"):
+        monkeypatch.setattr(torch.nn.functional, function,
+                            note(getattr(torch.nn.functional, function)))
+    for module in model.modules():
+        if callable(getattr(module, "activation", None)):
+            module.activation = note(module.activation)
+    taps = model(torch.randn(2, 3, 32, 32), taps=True)
+    order = [next((n for n, x in enumerate(entered) if x is tap), None) for tap in taps.pre_relu]
+    if name == "pyramidnet110_84":      # the paper's code taps the norm before the strided one
+        order = order[-1:]
+    assert None not in order and order == sorted(order) and len(set(order)) == len(order)
+
+
+@pytest.mark.parametrize("pair", sorted({pair for pairs in PAIRS.values() for pair in pairs}))
+def test_the_papers_pairs_have_groups_that_pair(pair):
+    """FSP and AT want as many groups, ATang and Overhaul their own pairs of equal sizes too."""
+    with torch.device("meta"), torch.no_grad():
+        sizes = [[x.shape[2] for x in create_model(name, 10).eval()(
+            torch.empty(1, 3, 32, 32), taps=True).stages] for name in pair]
+    assert len(sizes[0]) == len(sizes[1])
+    alike = [table for table, pairs in PAIRS.items() if pair in pairs
+             and table.startswith(("ATang", "FSP", "Overhaul"))]
+    assert sizes[0] == sizes[1] or not alike
+
+
+def test_the_printed_table(capsys):
+    print_networks()
+    lines = capsys.readouterr().out.splitlines()
+    for name, (small, large) in COUNTS.items():
+        line = next(line for line in lines if line.startswith(f"{name} "))
+        assert line.split()[1:3] == [f"{small:,}", f"{large:,}"]
+    row = next(line for line in lines if line.startswith("wrn16_3 "))
+    assert row.split()[3:] == ["48x32", "96x16", "192x8"] * 3
+    assert any("resnet20 from mobilenetv2" in line for line in lines)
+
+
+def test_shuffle_interleaves():
+    x = torch.arange(6.0).view(1, 6, 1, 1)
+    assert shuffle(x, 3).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+
+
+def test_pyramids_grow_by_alpha():
+    model = create_model("pyramidnet110_84", 10)
+    widths = [block.norms[-1].num_features for group in model.groups for block in group]
+    assert widths == [round(16 + 84 * n / 54) for n in range(1, 55)] and widths[-1] == 100
+    block = model.groups[1][0].eval()
+    x = torch.randn(2, 44, 8, 8)
+    out, shown = block(x)
+    y = block.norms[2](block.convs[1](block.norms[1](block.convs[0](shown)).relu()))
+    shortcut = torch.nn.functional.avg_pool2d(x, 2)
+    assert torch.equal(shown, block.norms[0](x))
+    assert torch.allclose(out[:, :44], y[:, :44] + shortcut, atol=1e-6)
+    assert torch.equal(out[:, 44:], y[:, 44:]), "new channels have nothing added"
+
+
+@pytest.mark.parametrize("name", ["wrn16_1", "resnet8", "mobilenetv2", "vgg8", "shufflenetv1",
+                                  "shufflenetv2", "pyramidnet110_84"])
 def test_forward_compiles_as_one_graph(name):
     model, x = create_model(name, 10).eval(), torch.randn(2, 3, 16, 16)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
