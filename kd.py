@@ -67,9 +67,10 @@ RECIPES = {
     "cinic10": dict(JEON, epochs=180, milestones=[40 / 180, 80 / 180, 120 / 180, 160 / 180],
                     temperature=16.0, kd_weight=0.6),
     # Tian et al. 2020 (CRD), the KD row that the SKD paper repeats
-    "cifar100": dict(epochs=240, batch_size=64, lr=0.05, momentum=0.9, nesterov=False,
-                     weight_decay=5e-4, milestones=[150 / 240, 180 / 240, 210 / 240], lr_decay=0.1,
-                     augment=True, reflect=False, temperature=4.0, kd_weight=0.9),
+    "cifar100": dict(epochs=240, batch_size=64, lr=0.05, lr_mobile=0.01, momentum=0.9,
+                     nesterov=False, weight_decay=5e-4, lr_decay=0.1, augment=True, reflect=False,
+                     milestones=[150 / 240, 180 / 240, 210 / 240],
+                     temperature=4.0, kd_weight=0.9),
     # ours; see departure 4
     "shapes": dict(epochs=20, batch_size=32, lr=0.1, momentum=0.9, nesterov=False,
                    weight_decay=5e-4, milestones=[0.6, 0.8, 0.95], lr_decay=0.2,
@@ -132,8 +133,11 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable:
     return number
 
 
-def prepare(**own: dict) -> tuple[Namespace, tuple[ImageLoader, ImageLoader]]:
-    """The command line, completed from the recipe, and the loaders; `own`: the method's flags."""
+def prepare(pairs: str = "", **own: dict) -> tuple[Namespace, tuple[ImageLoader, ImageLoader]]:
+    """The command line, completed from the recipe, and the loaders; `own`: the method's flags.
+
+    pairs: what of the groups of teacher and student must agree, their "count", or "sizes" as well.
+    """
     devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                             epilog="The recipes' sources stand beside them in the file.")
@@ -167,12 +171,16 @@ def prepare(**own: dict) -> tuple[Namespace, tuple[ImageLoader, ImageLoader]]:
     add("--baseline", action="store_true", help="train the student with cross-entropy alone")
     add("--eval", action="store_true", help="only measure what is in --out")
     add("--dry-run", action="store_true", help="two steps of each training, nothing is kept")
+    add("--summary", action="store_true", help="only print all finished runs in --out")
     add("--device", default="auto", choices=["auto", *devices], help="default: the fastest here")
     add("--out", type=Path, default="runs", help="the folder of all runs; default %(default)s")
     for name, option in own.items():
         add("--" + name.replace("_", "-"), **option)
     args = parser.parse_args()
-    args.own, args.teacher_sha256 = list(own), None
+    if args.summary:
+        summary(args.out)
+        sys.exit()
+    args.own, args.teacher_sha256, args.lr_mobile = list(own), None, args.lr
     args.device = devices[0] if args.device == "auto" else args.device
     args.bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.data = str(args.data_dir.resolve()) if args.dataset == "folder" else args.dataset
@@ -184,8 +192,18 @@ def prepare(**own: dict) -> tuple[Namespace, tuple[ImageLoader, ImageLoader]]:
         fail(f"--teacher-epochs and --distill-epochs cannot exceed the {args.epochs} epochs")
     names = ("augment", "seed", "reflect", "image_size", "train_images", "split")
     try:
-        for name in (args.teacher, args.student):
-            create_model(name, 2)       # a wrong name shows before the data is read
+        with torch.device("meta"), torch.no_grad():     # wrong names show before the data is read
+            image = torch.empty(1, 3, *2 * [16 if args.dataset == "shapes" else args.image_size])
+            maps = [create_model(name, 2).eval()(image, taps=True).stages
+                    for name in (args.teacher, args.student)]
+        for group, (theirs, ours) in enumerate(itertools.zip_longest(*maps), 1):
+            shapes = ["no map" if x is None else "x".join(map(str, x.shape[1:]))
+                      for x in (theirs, ours)]
+            if pairs and not args.baseline and (
+                    "no map" in shapes or pairs == "sizes" and theirs.shape[2:] != ours.shape[2:]):
+                fail(f"group {group} of {args.teacher} ends in {shapes[0]}, of {args.student} in "
+                     f"{shapes[1]} (channels x height x width): these cannot be matched; "
+                     f"wrn16_3 and wrn16_1, or resnet56 and resnet20, can")
         return args, load_data(args.dataset, args.data_dir, args.batch_size,
                                torch.device(args.device), **{n: getattr(args, n) for n in names})
     except (OSError, ValueError) as error:
@@ -206,7 +224,10 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
         with warnings.catch_warnings():     # the error below says all in one line
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state.get("model", state))
+        state_dict = state.get("model", state)
+        if not optimizer:       # another method's connectors are no part of the network
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith("connectors.")}
+        model.load_state_dict(state_dict)
         if optimizer:
             optimizer.load_state_dict(state["optimizer"])
         return state["log"] if optimizer else []
@@ -219,15 +240,16 @@ def identify(args: Namespace, method: str, seed: int) -> tuple[Path, dict]:
     """A run's folder, and all else that decides how its network comes out."""
     names = [key for key in RECIPES["folder"] if key not in args.own]
     names += ["data", "train_images", "image_size", "split"]
+    network = folder = args.teacher if method == "teachers" else args.student
     if method == "teachers":
-        networks, names = args.teacher, names + ["teacher_epochs"]
-    elif method == "baseline":
-        networks = args.student
-    else:
-        networks = f"{args.teacher}-{args.student}"
+        names += ["teacher_epochs"]
+    elif method != "baseline":
+        folder = f"{args.teacher}-{args.student}"
         names += [*args.own, "distill_epochs", "teacher_sha256"]
-    return (args.out / args.dataset / method / networks / f"seed{seed}",
-            {name: getattr(args, name) for name in names})
+    settings = {name: getattr(args, name) for name in names}
+    if network.startswith(("mobilenet", "shufflenet")):     # some recipes have another for these
+        settings["lr"] = args.lr_mobile or args.lr
+    return args.out / args.dataset / method / folder / f"seed{seed}", settings
 
 
 @torch.no_grad()
@@ -247,7 +269,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
     """
     train_loader, test_loader = loaders
     folder, settings = identify(args, method, seed)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum,
+    optimizer = torch.optim.SGD(model.parameters(), settings["lr"], args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     sources = [Path(__file__), Path(__file__).with_name("common.py")]
     log = [{"settings": settings, "arguments": {k: str(v) for k, v in vars(args).items()},
@@ -267,13 +289,13 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
     elif not args.dry_run:
         folder.mkdir(parents=True, exist_ok=True)
     stop = 0 if args.eval else 1 if args.dry_run else stop or args.epochs
-    host = torch.zeros(9, pin_memory=args.device == "cuda")
+    host = torch.zeros(16, pin_memory=args.device == "cuda")
     for epoch in range(len(log), stop + 1):
         torch.manual_seed(seed * 1_000_003 + epoch)     # for dropout: no state to keep
         train_loader.seed = seed
         train_loader.set_epoch(epoch)
         drops = sum(epoch > max(1, round(part * args.epochs)) for part in args.milestones)
-        optimizer.param_groups[0]["lr"] = lr = args.lr * args.lr_decay ** drops
+        optimizer.param_groups[0]["lr"] = lr = settings["lr"] * args.lr_decay ** drops
         model.train()
         sums, seen, start = 0, 0, time.perf_counter()
         batches = itertools.islice(train_loader, 2 if args.dry_run else None)
@@ -330,11 +352,12 @@ def get_teacher(args: Namespace, loaders: tuple) -> nn.Module:
     return teacher
 
 
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
 def report(args: Namespace, method: str) -> None:
     """The accuracy of the last epoch is the result; the best epoch's only stands beside it."""
-    def spread(values: list[float]) -> str:
-        return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
     results = {}
     print(f"\n{args.split + ' accuracy, %':24}{'last epoch':16}{'best epoch':16}{'minutes':9}files")
     for name in dict.fromkeys(["baseline", method]):
@@ -357,6 +380,32 @@ def report(args: Namespace, method: str) -> None:
                 else "not known yet: run the same command with --baseline")
         print(f"teacher   {args.teacher:13} {args.teacher_accuracy:.2f}")
         print(f"gain over baseline      {gain}")
+
+
+def summary(out: Path) -> None:
+    """All finished runs below `out`: mean and deviation over the seeds of equal settings."""
+    runs = {}
+    for path in sorted(out.glob("*/*/*/seed*/log.jsonl")):
+        header, *log = map(json.loads, path.read_text().splitlines())
+        settings, end = header["settings"], log[-1] if log else {}
+        if len(log) == (settings.get("teacher_epochs") or settings["epochs"]):
+            key = (*path.relative_to(out).parts[:3], json.dumps(settings, sort_keys=True))
+            runs.setdefault(key, []).append(end)
+    if not runs:
+        fail(f"{out} holds no finished run; name the folder of the runs with --out")
+    gaps = sorted({name for ends in runs.values() for name in ends[0] if name.endswith(" gap")})
+    print("".join(f"{title:14}" for title in ["data", "method", "networks"]), " " * 12,
+          "".join(f"{title:16}" for title in ["accuracy, %", "seeds", "gain", *gaps]), sep="")
+    for (data, method, networks, text), ends in runs.items():
+        settings, accuracy = json.loads(text), [end["test"] for end in ends]
+        base = [end["test"] for (*names, other), ends in runs.items()
+                if names == [data, "baseline", networks.split("-")[-1]]
+                and json.loads(other).items() <= settings.items() for end in ends]
+        gain = f"{mean(accuracy) - mean(base):+.2f}" if base and method != "baseline" else ""
+        values = [spread([end[name] for end in ends]) if name in ends[0] else "" for name in gaps]
+        print("".join(f"{cell:14}" for cell in [data, method, f"{networks:26}"]),
+              "".join(f"{cell:16}" for cell in [spread(accuracy), str(len(ends)), gain, *values]),
+              sep="")
 # --- end shared ---
 
 
