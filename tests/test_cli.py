@@ -1,4 +1,5 @@
 """Every script through its command line: what a run prints, keeps and refuses."""
+import importlib
 import json
 import os
 import pickle
@@ -12,10 +13,20 @@ from conftest import ROOT, SCRIPTS, SMALL, equal_bits, result_of, shell, state
 
 import common
 
-METHODS = {"kd": ["--temperature", "3"], "at": ["--beta", "20"], "atang": ["--gamma", "50"]}
+METHODS = {"kd": ["--temperature", "3"], "at": ["--beta", "20"], "atang": ["--gamma", "50"],
+           "fsp": ["--fsp-epochs", "1"], "overhaul": ["--alpha", "0.01"], "skd": ["--scale", "3"]}
+# with these the student learns from the labels alone; FSP's first stage knows no labels
 NO_METHOD = {"kd": ["--kd-weight", "0"], "at": ["--kd-weight", "0", "--beta", "0"],
-             "atang": ["--kd-weight", "0", "--gamma", "0"]}
-TERMS = {"kd": ["ce", "kd"], "at": ["ce", "kd", "at"], "atang": ["ce", "kd", "atang"]}
+             "atang": ["--kd-weight", "0", "--gamma", "0"], "overhaul": ["--alpha", "0"],
+             "skd": ["--kd-weight", "0", "--scale", "none"]}
+TERMS = {"kd": ["ce", "kd"], "at": ["ce", "kd", "at"], "atang": ["ce", "kd", "atang"],
+         "fsp": ["ce"], "overhaul": ["ce", "overhaul"], "skd": ["ce", "skd"]}
+TRAININGS = {"fsp": 3}      # of a teacher and a student; of the others 2
+
+
+def network_of(weights: dict) -> dict:
+    """The weights of the network alone, without those of its connectors."""
+    return {key: value for key, value in weights.items() if not key.startswith("connectors.")}
 
 
 def rows(folder) -> list[dict]:
@@ -52,7 +63,7 @@ def test_a_run_from_nothing(script, cli, tmp_path):
     kept = state(folder)
     assert [header, *log] == kept["log"]
     student = common.create_model("resnet8", 10)
-    student.load_state_dict(kept["model"])
+    student.load_state_dict(network_of(kept["model"]))
     _, test = common.load_data("shapes", "", 64, torch.device("cpu"), augment=False, seed=0)
     right = torch.cat([student.eval()(x).argmax(1) == y for x, y in test])
     assert 100 * right.float().mean().item() == pytest.approx(log[-1]["test"], abs=1e-4)
@@ -61,21 +72,203 @@ def test_a_run_from_nothing(script, cli, tmp_path):
     announced = next(n for n, line in enumerate(lines) if line.startswith("teacher wrn10_1, test"))
     accuracy = rows(out / "shapes/teachers/wrn10_1/seed0")[-1]["test"]
     assert f"{accuracy:.2f} %" in lines[announced]
-    assert f"  {TERMS[script][1]} " in lines[announced + 1]
+    assert f"  {'fsp' if script == 'fsp' else TERMS[script][1]} " in lines[announced + 1]
     assert f"{log[-1]['test']:.2f}" in lines[-3] and str(folder.parent) in lines[-3]
     assert f"{accuracy:.2f}" in lines[-2] and "--baseline" in lines[-1]
     assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt", "log.jsonl"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", NO_METHOD)
 def test_weight_zero_is_the_baseline_to_the_bit(script, cli, out):
     """And so all methods start from the same weights and see the same batches."""
     assert cli(script, *SMALL, "--out", out, "--epochs", "2", *NO_METHOD[script]).code == 0
+    same_as_the_baseline(script, cli, out)
+
+
+def same_as_the_baseline(script, cli, out):
     assert cli(script, *SMALL, "--out", out, "--baseline").code == 0
     ours = result_of(out / f"shapes/{script}/wrn10_1-resnet8/seed0")
     plain = result_of(out / "shapes/baseline/resnet8/seed0")
-    assert equal_bits(ours["model"], plain["model"])
-    assert equal_bits(ours["optimizer"], plain["optimizer"])
+    assert equal_bits(network_of(ours["model"]), plain["model"])
+    momenta, expected = (run["optimizer"]["state"] for run in (ours, plain))
+    assert equal_bits({key: momenta[key] for key in expected}, expected)    # connectors come last
+
+
+def test_fsp_without_its_first_stage_is_the_baseline(cli, out, monkeypatch):
+    """Stage 2 is ordinary training: only its first weights come from stage 1."""
+    module = importlib.import_module("fsp")
+    monkeypatch.setattr(module, "first_stage", lambda teacher, args, loaders, seed:
+                        module.new_model(args.student, args, loaders, seed))
+    assert cli("fsp", *SMALL, "--out", out).code == 0
+    same_as_the_baseline("fsp", cli, out)
+
+
+def test_fsp_stages(cli, out):
+    """Stage 1 leaves the classifier as it was; stage 2 starts from its weights, momentum at 0."""
+    flags = [*SMALL, "--out", out, "--fsp-epochs", "2"]
+    assert cli("fsp", *flags).code == 0
+    stage1 = result_of(out / "shapes/fsp/stage1/wrn10_1-resnet8/seed0")
+    torch.manual_seed(0)
+    fresh = common.create_model("resnet8", 10).state_dict()
+    for key, value in stage1["model"].items():
+        assert torch.equal(value, fresh[key]) == (key.startswith("classifier.")), key
+    assert all("fsp" in row and "ce" not in row for row in stage1["log"])
+    assert stage1["log"][1]["fsp"] < stage1["log"][0]["fsp"]
+    assert [row["lr"] for row in stage1["log"]] == pytest.approx([1e-3, 2e-4])
+    stage2 = rows(out / "shapes/fsp/wrn10_1-resnet8/seed0")[1:]
+    assert [row["lr"] for row in stage2] == pytest.approx([0.1, 0.02])
+    assert all(list(row)[1:3] == ["ce", "lr"] for row in stage2)
+
+
+def test_fsp_connectors_are_dropped(cli, out):
+    done = cli("fsp", *SMALL, "--student", "wrn10_2", "--fsp-epochs", "1", "--out", out)
+    assert done.code == 0
+    assert done.out.count("1x1 connectors") == 1
+    assert "[32, 64, 128, 32, 64, 128] -> [16, 32, 64, 16, 32, 64]" in done.out
+    first, second = (state(out / "shapes/fsp" / folder / "wrn10_1-wrn10_2/seed0")["model"]
+                     for folder in ("stage1", "."))
+    assert any(key.startswith("connectors.") for key in first)
+    assert second.keys() == common.create_model("wrn10_2", 10).state_dict().keys()
+
+
+def test_fsp_ensemble_of_one_first_stage(cli, out):
+    """Table 1's three students: one stage 1, other batches, and their mean probabilities."""
+    flags = [*SMALL, "--out", out, "--fsp-epochs", "1", "--fsp-seed", "0", "--runs", "3"]
+    assert cli("fsp", *flags).code == 0
+    done = cli("fsp", *flags, "--ensemble")      # it only prints: the runs are not made anew
+    assert done.code == 0 and "epoch 1 " not in done.out
+    assert len(list((out / "shapes/fsp/stage1/wrn10_1-resnet8").iterdir())) == 1
+    folders = [out / f"shapes/fsp/wrn10_1-resnet8/seed{seed}" for seed in range(3)]
+    last = [rows(folder)[-1]["test"] for folder in folders]
+    _, test = common.load_data("shapes", "", 64, torch.device("cpu"), augment=False, seed=0)
+    probabilities = 0
+    for folder in folders:
+        student = common.create_model("resnet8", 10).eval()
+        student.load_state_dict(state(folder)["model"])
+        with torch.no_grad():
+            probabilities = probabilities + torch.cat([student(x).softmax(1) for x, _ in test])
+    labels = torch.cat([y for _, y in test])
+    together = 100 * (probabilities.argmax(1) == labels).float().mean().item()
+    assert done.out.splitlines()[-1] == (
+        "each " + ", ".join(f"{value:.2f}" for value in last)
+        + f"; average {sum(last) / 3:.2f}, ensemble {together:.2f}")
+    assert "each " in cli("fsp", *flags, "--ensemble", "--eval").out.splitlines()[-1]
+    assert "other settings" in cli("fsp", *flags[:-4], "--fsp-epochs", "2").refused()
+
+
+@pytest.mark.parametrize("flags", ["--teacher-bn running", "--teacher-bn batch", "--layers last",
+                                   "--distance l2", "--position end --distance l2"])
+def test_the_choices_of_overhaul(flags, cli, out):
+    before = (out / "shapes/teachers/wrn10_1/seed0/last.pt").read_bytes()
+    done = cli("overhaul", *SMALL, "--epochs", "2", "--out", out, *flags.split())
+    assert done.code == 0
+    assert (out / "shapes/teachers/wrn10_1/seed0/last.pt").read_bytes() == before
+    kept = state(out / "shapes/overhaul/wrn10_1-resnet8/seed0")
+    connectors = {key.split(".")[1] for key in kept["model"] if key.startswith("connectors.")}
+    assert len(connectors) == (1 if "last" in flags else 3)
+    line = next(line for line in done.out.splitlines() if line.startswith("similarity, test: "))
+    kl, ce = map(float, re.findall(r"\d+\.\d+", line))
+    assert kl > 0 and ce > 0
+    # as a teacher of another run, the student is its network alone
+    assert cli("kd", *SMALL, "--teacher", "resnet8", "--out", out / "next", "--teacher-ckpt",
+               out / "shapes/overhaul/wrn10_1-resnet8/seed0/last.pt", "--dry-run").code == 0
+
+
+def test_overhaul_positions_and_statistics_decide_the_loss(cli, out):
+    """Each choice is another loss, from the same weights on the same first batch."""
+    values = set()
+    for flags in ("", "--teacher-bn running", "--layers last", "--distance l2",
+                  "--position end --distance l2"):
+        done = cli("overhaul", *SMALL, "--out", out, "--dry-run", *flags.split())
+        values.add(re.findall(r"overhaul (\S+)", done.out)[-1])
+    assert len(values) == 5
+
+
+def test_the_settings_of_the_overhaul_paper(cli, tmp_path, monkeypatch):
+    module = importlib.import_module("overhaul")
+    seen = {}
+
+    def load_data(dataset, data_dir, batch_size, device, **options):
+        seen["batch_size"] = batch_size
+        raise ValueError("enough")
+
+    monkeypatch.setattr(module, "load_data", load_data)
+    for letter, (teacher, student, batch_size) in module.SETTINGS.items():
+        assert (teacher, student) in [pair for pairs in common.PAIRS.values() for pair in pairs]
+        cli("overhaul", "--dataset", "cifar100", "--setting", letter).refused()
+        assert seen["batch_size"] == batch_size
+        cli("overhaul", "--dataset", "cifar100", "--setting", letter, "--batch-size", "8").refused()
+        assert seen["batch_size"] == 8
+        assert "leave out" in cli("overhaul", "--setting", letter, "--student=wrn16_1").refused()
+
+
+@pytest.mark.parametrize("scale", ["none", "literal"])
+def test_skd_without_its_sphere(scale, cli, out):
+    """none: KD to the bit. literal: the labels act on the raw logits; weight 0 is the baseline."""
+    flags = [*SMALL, "--out", out]
+    if scale == "none":
+        assert cli("kd", *flags, "--temperature", "3").code == 0
+        assert cli("skd", *flags, "--temperature", "3", "--scale", scale).code == 0
+        ours, theirs = (result_of(out / f"shapes/{name}/wrn10_1-resnet8/seed0")
+                        for name in ("skd", "kd"))
+        assert equal_bits(ours["model"], theirs["model"])
+        assert ours["log"][0]["skd"] == theirs["log"][0]["kd"]
+    else:
+        assert cli("skd", *flags, "--kd-weight", "0", "--scale", scale).code == 0
+        same_as_the_baseline("skd", cli, out)
+
+
+def test_skd_logs_the_gaps(cli, out):
+    assert cli("skd", *SMALL, "--out", out, "--scale", "none").code == 0
+    for row in rows(out / "shapes/skd/wrn10_1-resnet8/seed0")[1:]:
+        assert row["S gap"] == pytest.approx(row["S student"] - row["S teacher"], abs=1e-5)
+        assert row["F gap"] == pytest.approx(row["F teacher"] - row["F student"], abs=1e-5)
+        assert 0 < row["S student"] <= 2.3026 and row["theorem 2"] == pytest.approx(
+            row["theorem 1"] * 4)       # their quotient is tau
+
+
+def test_summary(cli, out, tmp_path):
+    flags = [*SMALL, "--out", out, "--runs", "2"]
+    assert cli("kd", *flags, "--baseline").code == 0
+    assert cli("kd", *flags).code == 0 and cli("skd", *flags).code == 0
+    assert cli("fsp", *flags, "--fsp-epochs", "1").code == 0
+    assert cli("at", *SMALL, "--out", out, "--student", "wrn10_2", "--epochs", "2").code == 0
+    unfinished = rows(out / "shapes/kd/wrn10_1-resnet8/seed1")
+    (out / "shapes/kd/wrn10_1-resnet8/seed1/log.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in unfinished[:-1]))
+    tables = {script: cli(script, "--summary", "--out", out).out for script in SCRIPTS}
+    assert len(set(tables.values())) == 1, "every script prints the same"
+    lines = {line.split()[1]: line for line in tables["kd"].splitlines()[1:]}
+    assert list(lines) == ["at", "baseline", "fsp", "kd", "skd", "teachers"]
+    assert "S gap" in tables["kd"].splitlines()[0] and "F gap" in tables["kd"].splitlines()[0]
+    base, ours = ([rows(out / "shapes" / name / f"seed{n}")[-1]["test"] for n in range(2)]
+                  for name in ("baseline/resnet8", "skd/wrn10_1-resnet8"))
+    assert f"{sum(ours) / 2:.2f} ± " in lines["skd"]
+    assert f"{sum(ours) / 2 - sum(base) / 2:+.2f}" in lines["skd"]
+    gap = [rows(out / f"shapes/skd/wrn10_1-resnet8/seed{n}")[-1]["S gap"] for n in range(2)]
+    assert f"{sum(gap) / 2:.2f} ± " in lines["skd"]
+    alone = rows(out / "shapes/kd/wrn10_1-resnet8/seed0")[-1]["test"]
+    assert lines["kd"].split()[3:5] == [f"{alone:.2f}", "1"], "one seed is finished"
+    assert "+" not in lines["at"] and " -" not in lines["at"], "no baseline of that student"
+    for nothing in (tmp_path, tmp_path / "nowhere"):
+        assert "no finished run" in cli("kd", "--summary", "--out", nothing / "x").refused()
+
+
+def test_the_light_networks_learning_rate(cli, monkeypatch):
+    """0.01 for MobileNetV2 and ShuffleNets on CIFAR-100, unless --lr says otherwise."""
+    for script in ("kd", "at", "skd"):
+        module = importlib.import_module(script)
+        monkeypatch.setattr(module, "load_data", lambda *args, **options: (None, None))
+        for student, flags, expected in (
+                ("shufflenetv1", [], 0.01), ("mobilenetv2_half", [], 0.01), ("vgg8", [], 0.05),
+                ("shufflenetv2", ["--lr", "0.2"], 0.2)):
+            words = f"{script} --dataset cifar100 --teacher wrn40_2 --student {student} --baseline"
+            monkeypatch.setattr(sys, "argv", [*words.split(), *flags])
+            args, _ = module.prepare(**{key: dict(type=float, help="") for key in
+                                        ("temperature", "kd_weight", "beta", "scale")
+                                        if key in module.RECIPES["cifar100"]})
+            assert module.identify(args, "baseline", 0)[1]["lr"] == expected
+            assert module.identify(args, "teachers", 0)[1]["lr"] == (0.2 if flags else 0.05)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -187,9 +380,13 @@ def test_early_stopped_kd(cli, tmp_path):
 
 def test_distillation_may_stop_in_any_script(cli, out):
     for script in SCRIPTS:
-        assert cli(script, *SMALL, "--out", out, "--distill-epochs", "1").code == 0
+        done = cli(script, *SMALL, "--out", out, "--distill-epochs", "1")
+        if script == "fsp":
+            assert "--fsp-epochs" in done.refused()
+            continue
         log = rows(out / f"shapes/{script}/wrn10_1-resnet8/seed0")[1:]
-        assert "kd" in log[0] and list(log[1])[1:3] == ["ce", "lr"]
+        assert done.code == 0 and TERMS[script][-1] in log[0]
+        assert list(log[1])[1:3] == ["ce", "lr"]
 
 
 def test_eval_measures_and_trains_nothing(cli, out):
@@ -205,7 +402,7 @@ def test_eval_measures_and_trains_nothing(cli, out):
 def test_dry_run_keeps_nothing(cli, tmp_path):
     for script in SCRIPTS:
         done = cli(script, *SMALL, "--dry-run", "--out", tmp_path / "runs")
-        assert done.code == 0 and done.out.count("epoch 1 ") == 2
+        assert done.code == 0 and done.out.count("epoch 1 ") == TRAININGS.get(script, 2)
         assert not (tmp_path / "runs").exists()
 
 
@@ -259,7 +456,8 @@ def test_a_script_and_common_run_anywhere(tmp_path):
         for name in (script, "common"):
             shutil.copy(ROOT / f"{name}.py", folder)
         done = shell(script, *SMALL, "--dry-run", home=folder, cwd="/")
-        assert done.code == 0 and done.out.count("epoch 1 ") == 2, done.err
+        assert done.code == 0, done.err
+        assert done.out.count("epoch 1 ") == TRAININGS.get(script, 2)
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -280,7 +478,7 @@ REFUSED = [
     ("--teacher-epochs 3", "--teacher-epochs"), ("--distill-epochs 3", "--distill-epochs"),
     ("--teacher-ckpt nowhere.pt", "nowhere.pt"), ("surplus", "surplus"),
     ("--dataset folder --data-dir nowhere", "nowhere"),
-    ("--dataset cinic10 --data-dir nowhere", "train/")]
+    ("--dataset cinic10 --data-dir nowhere --recipe folder", "train/")]
 
 
 @pytest.mark.parametrize("flags, says", REFUSED, ids=[flags for flags, _ in REFUSED])
@@ -294,10 +492,28 @@ def test_refused(script, flags, says, cli, tmp_path):
     ("at", "--beta -1"), ("at", "--beta inf"), ("at", "--beta nan"), ("atang", "--gamma -1"),
     ("atang", "--gamma nan"), ("atang", "--margin 2.1"), ("atang", "--margin nan"),
     ("atang", "--scale 0"), ("atang", "--scale inf"), ("atang", "--loss arcface"),
-    ("atang", "--dataset cifar100"), ("kd", "--beta 1"), ("at", "--gamma 1")])
+    ("atang", "--dataset cifar100"), ("kd", "--beta 1"), ("at", "--gamma 1"),
+    ("fsp", "--fsp-epochs 0"), ("fsp", "--fsp-lr nan"), ("fsp", "--fsp-weight -1"),
+    ("fsp", "--fsp-seed -1"), ("overhaul", "--setting g"), ("overhaul", "--alpha inf"),
+    ("overhaul", "--position end"), ("overhaul", "--distance l1"), ("overhaul", "--layers first"),
+    ("overhaul", "--teacher-bn eval"), ("skd", "--scale 0"), ("skd", "--scale unit"),
+    ("skd", "--temperature 0"), ("skd", "--kd-weight 2")])
 def test_refused_of_the_methods_own(script, flags, cli, tmp_path):
     assert flags.split()[0 if "cifar100" not in flags else 1] in cli(
         script, *SMALL, "--out", tmp_path / "runs", *flags.split()).refused()
+
+
+@pytest.mark.parametrize("script, teacher, student, group", [
+    ("fsp", "vgg8", "resnet8", 4), ("overhaul", "resnet8", "vgg8", 1), ("at", "vgg8", "resnet8", 4),
+    ("overhaul", "wrn10_1", "shufflenetv1", 1), ("atang", "vgg8", "mobilenetv2_half", 4)])
+def test_networks_that_do_not_pair(script, teacher, student, group, cli, tmp_path):
+    flags = [*SMALL, "--image-size", "32", "--teacher", teacher, "--student", student]
+    line = cli(script, *flags, "--out", tmp_path / "runs").refused()
+    assert f"group {group} of {teacher} ends in" in line and f"of {student} in" in line
+    assert re.search(r"\d+x\d+x\d+", line) and "wrn16_3 and wrn16_1" in line
+    assert not (tmp_path / "runs").exists()
+    assert cli(script, *flags, "--out", tmp_path / "runs", "--baseline", "--dry-run").code == 0
+    assert cli("kd", *flags, "--out", tmp_path / "runs", "--dry-run").code == 0
 
 
 class Hostile:
@@ -378,8 +594,9 @@ def test_a_loss_that_is_not_finite_stops_at_once(cli, out):
         done = cli(script, *SMALL, "--out", out, "--lr", "1e8", "--epochs", "2", "--teacher-ckpt",
                    out / "shapes/teachers/wrn10_1/seed0/last.pt")
         line = done.refused()
-        assert re.search(r"epoch \d, step \d: ", line) and "ce " in line and "kd " in line
-        assert "nan" in line and "--lr" in line
+        assert re.search(r"epoch \d, step \d: ", line)
+        assert all(f"{term} " in line for term in TERMS[script])
+        assert re.search("nan|inf", line) and "--lr" in line
 
 
 def test_help_names_every_flag():

@@ -2,8 +2,11 @@
 
     python tests/test_resume.py 10      kill -9 at ten random moments, and compare
 """
+import io
+import itertools
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -92,6 +95,7 @@ def test_every_script_goes_on_after_its_last_epoch(script, cli, tmp_path, monkey
     """With dropout in the student, whose random numbers must come out alike as well."""
     flags = [*SMALL, "--train-images", "64", "--student", "mobilenetv2", "--runs", "2",
              "--teacher-ckpt", tmp_path / "teacher.pt"]
+    flags += ["--fsp-epochs", "1"] * (script == "fsp")
     torch.save(common.create_model("wrn10_1", 10).state_dict(), tmp_path / "teacher.pt")
     assert cli(script, *flags, "--out", tmp_path / "whole").code == 0
     for number in (3, 4):       # after the teacher: the second epoch of student 0, of student 1
@@ -102,9 +106,11 @@ def test_every_script_goes_on_after_its_last_epoch(script, cli, tmp_path, monkey
                 cli(script, *flags, "--out", tmp_path / "stopped")
     done = cli(script, *flags, "--out", tmp_path / "stopped")
     trained = [line for line in done.out.splitlines() if line.startswith("epoch ")]
-    assert done.code == 0 and len(trained) == 1, "finished epochs are not repeated"
-    for seed in (0, 1):
-        folder = f"shapes/{script}/wrn10_1-mobilenetv2/seed{seed}"
+    # FSP, whose stage 1 counts too, died in stage 1 of student 1: that and two epochs are left
+    left = 3 if script == "fsp" else 1
+    assert done.code == 0 and len(trained) == left, "finished epochs are not repeated"
+    for name, seed in itertools.product([script] + ["fsp/stage1"] * (script == "fsp"), (0, 1)):
+        folder = f"shapes/{name}/wrn10_1-mobilenetv2/seed{seed}"
         assert equal_bits(result_of(tmp_path / "whole" / folder),
                           result_of(tmp_path / "stopped" / folder))
 
@@ -153,6 +159,28 @@ def test_ctrl_c(tmp_path):
     assert shell(*flags, tmp_path).code == 0
     log = state(tmp_path / STUDENT.format("kd"))["log"]
     assert [row["epoch"] for row in log[1:]] == [1, 2, 3]
+
+
+def test_ctrl_c_within_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """torch.save makes an error of its own of an interrupt; it ends as any other Ctrl-C."""
+    real = torch.save
+
+    class Interrupted(io.BytesIO):
+        calls = 0
+
+        def write(self, data):
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    monkeypatch.setattr(torch, "save", lambda value, file: real(value, Interrupted()))
+    monkeypatch.setattr(sys, "argv", ["kd.py", *SMALL, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "kd.py"), run_name="__main__")
+    assert end.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().out.splitlines()[-1]
+    assert not list(tmp_path.rglob("last.pt"))
 
 
 if __name__ == "__main__":

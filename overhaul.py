@@ -1,0 +1,576 @@
+"""Overhaul of feature distillation: what to copy of a feature map, where, and by which distance.
+
+Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, ICCV 2019,
+arxiv.org/abs/1904.01866
+
+A ReLU lets positive values pass and blocks negative ones, however negative. The student copies the
+teacher's maps in front of the first ReLU after each group: positive values exactly; where the
+teacher is negative it need only stay below a margin, the channel's expected negative value.
+
+    sigma_m(x) = max(x, m)                                 margin ReLU                         Eq. 2
+    m_C = E[F_t^i | F_t^i < 0, i in C]                     margin of channel C                 Eq. 3
+    d_p(T, S) = sum_i 0 if S_i <= T_i <= 0, else (T_i - S_i)^2                                 Eq. 4
+    L_distill = d_p(sigma_m(F_t), r(F_s))                  r: 1x1 convolution, BatchNorm       Eq. 5
+    loss = CE(softmax(z), y) + alpha L_distill                                                 Eq. 6
+    Summed over the layers, the deepest weighs 1, each one before it half of the next (Appendix B).
+
+    symbol   here              shape            symbol   here               value on CIFAR-100
+    F_t      teacher_maps      (N, C, H, W)     alpha    alpha              0.001
+    F_s      student maps      (N, C', H, W)    m_C      channel_margin()   (C,)
+    r(F_s)   student_maps      (N, C, H, W)
+
+Run:
+    python overhaul.py --dataset shapes                                                       
+                                                                 baseline 73.9 (5 seeds, see README)
+    python overhaul.py --teacher wrn16_3 --student wrn16_1       CIFAR-10, 200 epochs, a GPU
+    python overhaul.py --dataset cifar100 --setting c            the paper's pairs are a to f
+Table 9, one component after the other, and Table 8 (the teacher's BatchNorm):
+    D="--dataset shapes --teacher-ckpt runs/shapes/teachers/wrn16_3/seed0/last.pt"
+    python overhaul.py $D --position end --distance l2 --teacher-bn running --out runs/end
+    python overhaul.py $D --distance l2 --teacher-bn running --out runs/position
+    python overhaul.py $D --distance l2 --out runs/batch
+    python overhaul.py $D --teacher-bn running --out runs/running
+
+Departures from the paper and from the authors' code:
+ 1. L_distill is summed over channels and pixels and divided by the batch size, as in the code; the
+    paper leaves the batch out. The mask tests the transformed teacher, sigma_m(F_t), as Eq. 5 does.
+ 2. channel_margin has Eq. 10's closed form for any gamma and beta. The code puts -3 sigma where
+    less than 0.1 % of a channel is negative (beta > 3.09 sigma); the true value there is -0.28
+    sigma and shrinks. Eq. 9 has sqrt(2 pi sigma) for sqrt(2 pi) sigma; its "variance" is the
+    standard deviation. A ResNet's map is BatchNorm plus shortcut: its margin is the BatchNorm's.
+ 3. Section 3.3 wants the teacher's BatchNorm in training mode. The code's teacher then keeps
+    updating its running statistics; here a copy without them normalises by the batch, and the
+    teacher stays as it was. The code computes BatchNorms at the tapped positions twice; here once.
+ 4. Recipe cifar100 is the paper's; the code's momentum starts anew when the learning rate drops,
+    here it goes on. It normalises CIFAR-100 with CIFAR-10's mean and deviation, here with its own.
+    The paper's PyramidNet teacher (settings e and f) was trained with mixup, here it is not.
+ 5. Table 9's rows differ from the paper's in that the connectors have their BatchNorm in all.
+ 6. Recipe cifar10 is that of kd.py with the paper's alpha, so that the scripts compare. On shapes
+    every number is ours, found on its validation split.
+"""
+import copy
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
+from datetime import timedelta
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Callable, NoReturn
+
+import numpy
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from common import ImageLoader, create_model, load_data
+
+# Milestones are fractions of --epochs: the schedule keeps its shape when the run gets shorter.
+RECIPES = {
+    # kd.py's, from Jeon et al. 2021; see departure 6
+    "cifar10": dict(epochs=200, batch_size=128, lr=0.1, momentum=0.9, nesterov=False,
+                    weight_decay=1e-4, milestones=[40 / 200, 80 / 200, 120 / 200, 160 / 200],
+                    lr_decay=0.2, augment=False, reflect=False, alpha=1e-3),
+    # Heo et al. 2019, Section 4.1 and Appendix B; weight decay, nesterov and padding: their code
+    "cifar100": dict(epochs=200, batch_size=128, lr=0.1, momentum=0.9, nesterov=True,
+                     weight_decay=5e-4, milestones=[100 / 200, 150 / 200], lr_decay=0.1,
+                     augment=True, reflect=True, alpha=1e-3),
+    "shapes": dict(epochs=20, batch_size=32, lr=0.1, momentum=0.9, nesterov=False,
+                   weight_decay=5e-4, milestones=[0.6, 0.8, 0.95], lr_decay=0.2,
+                   augment=True, reflect=False, alpha=1e-3),
+}
+RECIPES["folder"] = RECIPES["cifar10"]
+# Table 2: teacher, student, and Appendix B's batch size
+SETTINGS = {"a": ("wrn28_4", "wrn16_4", 128), "b": ("wrn28_4", "wrn28_2", 128),
+            "c": ("wrn28_4", "wrn16_2", 128), "d": ("wrn28_4", "resnet56", 128),
+            "e": ("pyramidnet200_240", "wrn28_4", 64),
+            "f": ("pyramidnet200_240", "pyramidnet110_84", 64)}
+
+
+# ---------------------------------------------------------------------------------- the method
+
+# --- shared: precision ---
+def full(x: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32; float32 and float64 stay what they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+# --- end shared ---
+
+
+def channel_margin(norm: nn.BatchNorm2d) -> Tensor:
+    """Eq. 10: the expected negative value of each channel a BatchNorm puts out, (C,), in its units.
+
+    BatchNorm's output is x = mu + sigma n, mu = beta, sigma = |gamma|, n standard normal (Eq. 8).
+    x < 0 means n < -r with r = mu / sigma, which has probability Phi(-r).
+    The density of n is phi(n) = exp(-n^2 / 2) / sqrt(2 pi), and n phi(n) = -phi'(n): therefore
+    E[n | n < -r] = (integral of n phi(n) from -inf to -r) / Phi(-r) = -phi(r) / Phi(-r), and so
+    m = mu + sigma E[n | n < -r] = mu - sigma exp(-r^2 / 2) / (sqrt(2 pi) Phi(-r)).
+
+    phi(r) / Phi(-r) = sqrt(2 / pi) / erfcx(r / sqrt(2)) neither overflows nor is 0 / 0. Far right
+    (r > 1e4) it is r + 1 / r, m = -sigma^2 / mu; gamma = 0 gives min(beta, 0). float64 within.
+    """
+    mu, sigma = (x.detach().cpu().double() for x in (norm.bias, norm.weight.abs()))
+    r = mu / sigma.clamp(min=1e-300)
+    m = mu - sigma * math.sqrt(2 / math.pi) / torch.special.erfcx(r / math.sqrt(2))
+    return torch.where(r > 1e4, -sigma.square() / mu, m).to(norm.bias)
+
+
+def margin_relu(feature: Tensor, margin: Tensor) -> Tensor:
+    """Eq. 2, the teacher's transform: max(x, m_C); feature (N, C, H, W), margin (C,)."""
+    return torch.maximum(full(feature), full(margin).view(1, -1, 1, 1))
+
+
+def partial_l2(student: Tensor, teacher_target: Tensor) -> Tensor:
+    """Eq. 4: d_p(T, S), T the margin ReLU's output, both (N, C, H, W) -> a scalar, their SUM.
+
+    Where T <= 0 a student below T is right already: no loss and no gradient. Unequal shapes raise
+    ValueError.
+    """
+    if student.shape != teacher_target.shape:
+        raise ValueError(f"student {tuple(student.shape)} and teacher "
+                         f"{tuple(teacher_target.shape)} differ: the student needs a connector")
+    counts = (student > teacher_target) | (teacher_target > 0)
+    return ((full(student) - full(teacher_target)).square() * counts).sum()
+
+
+def l2(student: Tensor, teacher_target: Tensor) -> Tensor:
+    """The distance of Table 9's first rows: every value counts; a scalar, the SUM."""
+    return (full(student) - full(teacher_target)).square().sum()
+
+
+def overhaul_loss(student_maps: list[Tensor], teacher_maps: list[Tensor], margins: list[Tensor],
+                  distance: Callable = partial_l2) -> Tensor:
+    """Eq. 5 over all layers: L_distill, a scalar in the units of a feature squared.
+
+    Lists from the input to the output of connected student maps and raw teacher maps, both
+    (N, C, H, W), and margins (C,). SUM over C, H, W and over layers weighted 1 / 2^(n-1-l), mean
+    over N; the teacher gets no gradient. Lists of unequal length raise ValueError.
+    """
+    loss = 0
+    for student, teacher, margin in zip(student_maps, teacher_maps, margins, strict=True):
+        loss = loss / 2 + distance(student, margin_relu(teacher.detach(), margin)) / len(student)
+    return loss
+
+
+class Connector(nn.Sequential):
+    """r of Eq. 5: 1x1 convolution to the teacher's channels and BatchNorm, trained along."""
+
+    def __init__(self, student_channels: int, teacher_channels: int):
+        super().__init__(nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
+                         nn.BatchNorm2d(teacher_channels))
+        nn.init.normal_(self[0].weight, 0.0, math.sqrt(2 / teacher_channels))
+
+
+def batch_statistics(teacher: nn.Module) -> nn.Module:
+    """Section 3.3: a copy whose BatchNorm normalises by the batch, with no statistics to drift."""
+    teacher = copy.deepcopy(teacher)
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = module.running_var = None
+    return teacher
+
+
+def connect(student: nn.Module, teacher: nn.Module, args: Namespace) -> None:
+    """Give the student a connector at each layer that is distilled."""
+    widths = [network.stage_channels if args.position == "end"
+              else [norm.num_features for norm in network.pre_relu_norms]
+              for network in (student, teacher)]
+    student.connectors = nn.ModuleList(
+        Connector(ours, theirs)
+        for ours, theirs in list(zip(*widths))[-1 if args.layers == "last" else 0:])
+    student.connectors.to(args.device)
+
+
+def make_step(student: nn.Module, teacher: nn.Module | None, args: Namespace) -> Callable:
+    """A step's logits and the weighted terms of Eq. 6, or without a teacher cross-entropy alone."""
+    distance, first = partial_l2, -1 if args.layers == "last" else 0
+    if teacher is not None:
+        margins = [channel_margin(norm) for norm in teacher.pre_relu_norms][first:]
+        if args.distance == "l2":       # of the teacher's map as it is
+            distance, margins = l2, [margin.new_full((1,), -math.inf) for margin in margins]
+        if args.teacher_bn == "batch":
+            teacher = batch_statistics(teacher)
+
+    def maps(taps: tuple) -> list[Tensor]:
+        return (taps.stages if args.position == "end" else taps.pre_relu)[first:]
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        ours = student(images, taps=True)
+        ce = F.cross_entropy(full(ours.logits), labels)
+        if teacher is None:
+            return ours.logits, {"ce": ce}
+        with torch.no_grad():
+            theirs = teacher(images, taps=True)
+        connected = [connector(x) for connector, x in zip(student.connectors, maps(ours))]
+        distill = overhaul_loss(connected, maps(theirs), margins, distance)
+        return ours.logits, {"ce": ce, "overhaul": args.alpha * distill}
+    return step
+
+
+@torch.no_grad()
+def similarity(student: nn.Module, teacher: nn.Module, loader: ImageLoader) -> tuple[float, float]:
+    """Table 7: KL(teacher || student) and the student's cross-entropy, in nats, image means."""
+    totals, count = 0, 0
+    for images, labels in loader:
+        log_p, log_q = (model.eval()(images).log_softmax(1) for model in (student, teacher))
+        totals = totals + torch.stack([F.kl_div(log_p, log_q, reduction="sum", log_target=True),
+                                       F.nll_loss(log_p, labels, reduction="sum")])
+        count += len(labels)
+    kl, ce = (totals / count).tolist()
+    return kl, ce
+
+
+# ------------------------------------------------- the experiment, the same text in every script
+
+# --- shared: command line ---
+def fail(message: object) -> NoReturn:
+    """End with one line that says what is wrong and what to do, and exit code 2."""
+    print("error:", *str(message).split(), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def number(kind: type, low: float, high: float = 1e9) -> Callable:
+    """An argparse type: an int or a float from low to high, so neither nan nor inf."""
+    def number(text: str) -> float:
+        if not low <= kind(text) <= high:
+            raise ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return kind(text)
+    return number
+
+
+def prepare(pairs: str = "", **own: dict) -> tuple[Namespace, tuple[ImageLoader, ImageLoader]]:
+    """The command line, completed from the recipe, and the loaders; `own`: the method's flags.
+
+    pairs: what of the groups of teacher and student must agree, their "count", or "sizes" as well.
+    """
+    devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                            epilog="The recipes' sources stand beside them in the file.")
+    parser.error = fail
+
+    def add(flag: str, help: str, **option: object) -> None:
+        key = flag[2:].replace("-", "_")
+        values = [f"{name} {recipe[key]:g}" for name, recipe in RECIPES.items() if key in recipe]
+        parser.add_argument(flag, help=help + "; recipes: " * bool(values) + ", ".join(values),
+                            **option)
+
+    add("--teacher", default="wrn16_3", help="network; default %(default)s")
+    add("--student", default="wrn16_1", help="network; default %(default)s")
+    add("--dataset", default="cifar10", choices="cifar10 cifar100 cinic10 folder shapes".split(),
+        help="cinic10 and folder are folders of images, shapes is drawn; default %(default)s")
+    add("--data-dir", type=Path, default="data", help="where the data set is; default %(default)s")
+    add("--recipe", choices=RECIPES, help="gives what is not given here; default: the data set's")
+    add("--epochs", type=number(int, 1), help="of the teacher, of the student")
+    add("--batch-size", type=number(int, 1), help="in images")
+    add("--lr", type=number(float, 1e-9), help="learning rate at the start")
+    add("--augment", action=BooleanOptionalAction, help="crop and flip")
+    add("--train-images", type=number(int, 1), help="train on so many, of every class alike")
+    add("--image-size", type=number(int, 8, 1024), default=32, help="of folders; default 32")
+    add("--split", default="test", choices=["test", "val"], help="val is for tuning; default test")
+    add("--seed", type=number(int, 0), default=0, help="of the first student; default 0")
+    add("--runs", type=number(int, 1), default=1, help="number of students, seed after seed")
+    add("--teacher-seed", type=number(int, 0), default=0, help="default 0, for all students")
+    add("--teacher-ckpt", type=Path, help="default: the teacher in --out, trained when absent")
+    add("--teacher-epochs", type=number(int, 1), help="stop the teacher's schedule early")
+    add("--distill-epochs", type=number(int, 1), help="then go on with cross-entropy alone")
+    add("--baseline", action="store_true", help="train the student with cross-entropy alone")
+    add("--eval", action="store_true", help="only measure what is in --out")
+    add("--dry-run", action="store_true", help="two steps of each training, nothing is kept")
+    add("--summary", action="store_true", help="only print all finished runs in --out")
+    add("--device", default="auto", choices=["auto", *devices], help="default: the fastest here")
+    add("--out", type=Path, default="runs", help="the folder of all runs; default %(default)s")
+    for name, option in own.items():
+        add("--" + name.replace("_", "-"), **option)
+    args = parser.parse_args()
+    if args.summary:
+        summary(args.out)
+        sys.exit()
+    args.own, args.teacher_sha256, args.lr_mobile = list(own), None, args.lr
+    args.device = devices[0] if args.device == "auto" else args.device
+    args.bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.data = str(args.data_dir.resolve()) if args.dataset == "folder" else args.dataset
+    if (args.recipe or args.dataset) not in RECIPES:
+        fail(f"no recipe for {args.dataset} here; choose one with --recipe {'|'.join(RECIPES)}")
+    for key, value in RECIPES[args.recipe or args.dataset].items():
+        setattr(args, key, value if getattr(args, key, None) is None else getattr(args, key))
+    if max(args.teacher_epochs or 1, args.distill_epochs or 1) > args.epochs:
+        fail(f"--teacher-epochs and --distill-epochs cannot exceed the {args.epochs} epochs")
+    names = ("augment", "seed", "reflect", "image_size", "train_images", "split")
+    try:
+        with torch.device("meta"), torch.no_grad():     # wrong names show before the data is read
+            image = torch.empty(1, 3, *2 * [16 if args.dataset == "shapes" else args.image_size])
+            maps = [create_model(name, 2).eval()(image, taps=True).stages
+                    for name in (args.teacher, args.student)]
+        for group, (theirs, ours) in enumerate(itertools.zip_longest(*maps), 1):
+            shapes = ["no map" if x is None else "x".join(map(str, x.shape[1:]))
+                      for x in (theirs, ours)]
+            if pairs and not args.baseline and (
+                    "no map" in shapes or pairs == "sizes" and theirs.shape[2:] != ours.shape[2:]):
+                fail(f"group {group} of {args.teacher} ends in {shapes[0]}, of {args.student} in "
+                     f"{shapes[1]} (channels x height x width): these cannot be matched; "
+                     f"wrn16_3 and wrn16_1, or resnet56 and resnet20, can")
+        return args, load_data(args.dataset, args.data_dir, args.batch_size,
+                               torch.device(args.device), **{n: getattr(args, n) for n in names})
+    except (OSError, ValueError) as error:
+        fail(error)
+# --- end shared ---
+
+
+# --- shared: training ---
+def new_model(name: str, args: Namespace, loaders: tuple, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = create_model(name, loaders[0].num_classes)
+    return model.to(args.device, memory_format=torch.channels_last)
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list:
+    """Load a checkpoint's weights, or a whole run and return its log; nothing in it is executed."""
+    try:
+        with warnings.catch_warnings():     # the error below says all in one line
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state_dict = state.get("model", state)
+        if not optimizer:       # another method's connectors are no part of the network
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith("connectors.")}
+        model.load_state_dict(state_dict)
+        if optimizer:
+            optimizer.load_state_dict(state["optimizer"])
+        return state["log"] if optimizer else []
+    except Exception as error:
+        fail(f"{path} is missing, damaged or of another network or number of classes; name another "
+             f"or train it anew ({str(error).split('. ')[0][:200]})")
+
+
+def identify(args: Namespace, method: str, seed: int) -> tuple[Path, dict]:
+    """A run's folder, and all else that decides how its network comes out."""
+    names = [key for key in RECIPES["folder"] if key not in args.own]
+    names += ["data", "train_images", "image_size", "split"]
+    network = folder = args.teacher if method == "teachers" else args.student
+    if method == "teachers":
+        names += ["teacher_epochs"]
+    elif method != "baseline":
+        folder = f"{args.teacher}-{args.student}"
+        names += [*args.own, "distill_epochs", "teacher_sha256"]
+    settings = {name: getattr(args, name) for name in names}
+    if network.startswith(("mobilenet", "shufflenet")):     # some recipes have another for these
+        settings["lr"] = args.lr_mobile or args.lr
+    return args.out / args.dataset / method / folder / f"seed{seed}", settings
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: ImageLoader, args: Namespace) -> float:
+    """Accuracy in per cent, in eval mode."""
+    model.eval()
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+        right = torch.cat([model(images).argmax(1) == labels for images, labels in loader])
+    return 100 * right.sum().item() / len(right)
+
+
+def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, method: str, seed: int,
+        stop: int | None = None) -> None:
+    """Train `model` by SGD on the sum of the terms that step(images, labels) returns.
+
+    A run kept in its folder goes on after its last epoch, to the same bits; `stop` ends it early.
+    """
+    train_loader, test_loader = loaders
+    folder, settings = identify(args, method, seed)
+    optimizer = torch.optim.SGD(model.parameters(), settings["lr"], args.momentum,
+                                weight_decay=args.weight_decay, nesterov=args.nesterov)
+    sources = [Path(__file__), Path(__file__).with_name("common.py")]
+    log = [{"settings": settings, "arguments": {k: str(v) for k, v in vars(args).items()},
+            "versions": [sys.version, *(str(m.__version__) for m in (torch, torchvision, numpy))],
+            "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]}]
+    if args.eval or (folder / "last.pt").exists() and not args.dry_run:
+        sha256, log = log[0]["sha256"], restore(folder / "last.pt", model, optimizer)
+        kept, first = log[0]["settings"], int(method in ("teachers", "baseline"))
+        if changed := [f"{key} {kept.get(key)}, now {value}" for key, value in settings.items()
+                       if kept.get(key) != value]:
+            fail(f"{folder} was made with other settings ({'; '.join(changed)}); choose another "
+                 f"--out" + (method == "teachers") * f" or --teacher-ckpt {folder}/last.pt")
+        if sha256[first:] != log[0]["sha256"][first:]:      # every script makes those two alike
+            print(f"note: {folder} was begun by other code; choose another --out to run today's")
+    if args.eval:
+        print(f"{folder}: {args.split} accuracy {evaluate(model, test_loader, args):.2f} %")
+    elif not args.dry_run:
+        folder.mkdir(parents=True, exist_ok=True)
+    stop = 0 if args.eval else 1 if args.dry_run else stop or args.epochs
+    host = torch.zeros(16, pin_memory=args.device == "cuda")
+    for epoch in range(len(log), stop + 1):
+        torch.manual_seed(seed * 1_000_003 + epoch)     # for dropout: no state to keep
+        train_loader.seed = seed
+        train_loader.set_epoch(epoch)
+        drops = sum(epoch > max(1, round(part * args.epochs)) for part in args.milestones)
+        optimizer.param_groups[0]["lr"] = lr = settings["lr"] * args.lr_decay ** drops
+        model.train()
+        sums, seen, start = 0, 0, time.perf_counter()
+        batches = itertools.islice(train_loader, 2 if args.dry_run else None)
+        for index, (images, labels) in enumerate(batches, 1):
+            optimizer.zero_grad()
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+                logits, terms = step(images, labels)
+            sum(terms.values()).backward()
+            optimizer.step()
+            values = torch.stack([*terms.values(), (logits.argmax(1) == labels).float().mean()])
+            sums, seen = sums + len(labels) * values.detach(), seen + len(labels)
+            # nothing waits for this copy: on a GPU what is read of it lags some steps behind
+            if not host[:len(values)].copy_(sums, non_blocking=True).isfinite().all():
+                break
+            if sys.stdout.isatty():
+                print(f"epoch {epoch}: step {index}/{len(train_loader)}", end="\r", flush=True)
+        *means, train = (sums / seen).tolist()
+        if not math.isfinite(sum(means)):
+            fail(f"epoch {epoch}, step {index}: the loss is not finite ("
+                 + ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
+                 + "); try a smaller --lr or loss weight, and another --out")
+        speed = seen / (time.perf_counter() - start)
+        log.append({"epoch": epoch, **dict(zip(terms, means)), "lr": lr, "train": 100 * train,
+                    "test": evaluate(model, test_loader, args), "images/s": speed,
+                    "seconds": time.perf_counter() - start})
+        left = timedelta(seconds=round((stop - epoch) * log[-1]["seconds"]))
+        print("  ".join(f"{key} {value:<6.5g}" for key, value in log[-1].items()), f" left {left}",
+              flush=True)
+        if args.dry_run:
+            return
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
+        best = log[-1] is max(log[1:], key=lambda row: row["test"])
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+        for name in ["best.pt"] * best + ["last.pt"]:     # last.pt last: a kill repeats the epoch
+            with open(folder / f"{name}.{os.getpid()}", "wb") as file:
+                torch.save(state, file)
+            os.replace(file.name, folder / name)
+# --- end shared ---
+
+
+# --- shared: teacher and results ---
+def get_teacher(args: Namespace, loaders: tuple) -> nn.Module:
+    """The frozen teacher: from --teacher-ckpt, from --out, or trained now and kept there."""
+    teacher = new_model(args.teacher, args, loaders, args.teacher_seed)
+    if args.teacher_ckpt:
+        restore(args.teacher_ckpt, teacher)
+    else:
+        fit(teacher, make_step(teacher, None, args), loaders, args, "teachers", args.teacher_seed,
+            args.teacher_epochs)
+    weights = b"".join(value.cpu().numpy().tobytes() for value in teacher.state_dict().values())
+    args.teacher_sha256 = hashlib.sha256(weights).hexdigest()
+    args.teacher_accuracy = evaluate(teacher.requires_grad_(False), loaders[1], args)
+    print(f"teacher {args.teacher}, {args.split} accuracy: {args.teacher_accuracy:.2f} %")
+    return teacher
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def report(args: Namespace, method: str) -> None:
+    """The accuracy of the last epoch is the result; the best epoch's only stands beside it."""
+    results = {}
+    print(f"\n{args.split + ' accuracy, %':24}{'last epoch':16}{'best epoch':16}{'minutes':9}files")
+    for name in dict.fromkeys(["baseline", method]):
+        logs = []
+        for seed in range(args.seed, args.seed + args.runs):
+            folder, settings = identify(args, name, seed)
+            try:
+                header, *log = torch.load(folder / "last.pt", "cpu", weights_only=True)["log"]
+            except Exception:    # absent or damaged
+                continue
+            logs += [log] if header["settings"] == settings and len(log) == args.epochs else []
+        if len(logs) == args.runs:
+            results[name] = [log[-1]["test"] for log in logs]
+            best = spread([max(row["test"] for row in log) for log in logs])
+            minutes = sum(row["seconds"] for log in logs for row in log) / 60
+            print(f"{name:10}{args.student:13} {spread(results[name]):16}{best:16}{minutes:<9.1f}"
+                  f"{folder.parent}")
+    if method != "baseline":
+        gain = (f"{mean(results[method]) - mean(results['baseline']):+.2f}" if len(results) == 2
+                else "not known yet: run the same command with --baseline")
+        print(f"teacher   {args.teacher:13} {args.teacher_accuracy:.2f}")
+        print(f"gain over baseline      {gain}")
+
+
+def summary(out: Path) -> None:
+    """All finished runs below `out`: mean and deviation over the seeds of equal settings."""
+    runs = {}
+    for path in sorted(out.glob("*/*/*/seed*/log.jsonl")):
+        header, *log = map(json.loads, path.read_text().splitlines())
+        settings, end = header["settings"], log[-1] if log else {}
+        if len(log) == (settings.get("teacher_epochs") or settings["epochs"]):
+            key = (*path.relative_to(out).parts[:3], json.dumps(settings, sort_keys=True))
+            runs.setdefault(key, []).append(end)
+    if not runs:
+        fail(f"{out} holds no finished run; name the folder of the runs with --out")
+    gaps = sorted({name for ends in runs.values() for name in ends[0] if name.endswith(" gap")})
+    print("".join(f"{title:14}" for title in ["data", "method", "networks"]), " " * 12,
+          "".join(f"{title:16}" for title in ["accuracy, %", "seeds", "gain", *gaps]), sep="")
+    for (data, method, networks, text), ends in runs.items():
+        settings, accuracy = json.loads(text), [end["test"] for end in ends]
+        base = [end["test"] for (*names, other), ends in runs.items()
+                if names == [data, "baseline", networks.split("-")[-1]]
+                and json.loads(other).items() <= settings.items() for end in ends]
+        gain = f"{mean(accuracy) - mean(base):+.2f}" if base and method != "baseline" else ""
+        values = [spread([end[name] for end in ends]) if name in ends[0] else "" for name in gaps]
+        print("".join(f"{cell:14}" for cell in [data, method, f"{networks:26}"]),
+              "".join(f"{cell:16}" for cell in [spread(accuracy), str(len(ends)), gain, *values]),
+              sep="")
+# --- end shared ---
+
+
+class Setting(Action):
+    """--setting c stands for --teacher, --student and a batch size."""
+
+    def __call__(self, parser: ArgumentParser, args: Namespace, letter: str, *_: object) -> None:
+        if any(word.split("=")[0] in ("--teacher", "--student") for word in sys.argv):
+            fail("--setting names both networks: leave out --teacher and --student")
+        args.teacher, args.student, batch_size = SETTINGS[letter]
+        args.batch_size = args.batch_size or batch_size
+
+
+def main() -> None:
+    args, loaders = prepare(
+        "sizes",
+        alpha=dict(type=number(float, 0), help="weight of L_distill"),
+        position=dict(default="pre-relu", choices=["end", "pre-relu"],
+                      help="of the maps: end of the groups, or before the next ReLU (default)"),
+        distance=dict(default="partial-l2", choices=["l2", "partial-l2"],
+                      help="partial-l2 comes with the margin ReLU; default partial-l2"),
+        layers=dict(default="all", choices=["all", "last"], help="default all"),
+        teacher_bn=dict(default="batch", choices=["batch", "running"],
+                        help="the teacher's BatchNorm statistics while it teaches; default batch"),
+        setting=dict(choices=SETTINGS, action=Setting,
+                     help="a pair of Table 2: teacher, student and batch size"))
+    args.own.remove("setting")      # it stands for other flags
+    if (args.position, args.distance) == ("end", "partial-l2"):
+        fail("--position end has no BatchNorm to take margins from: add --distance l2")
+    method = "baseline" if args.baseline else "overhaul"
+    teacher = None if args.baseline else get_teacher(args, loaders)
+    for seed in range(args.seed, args.seed + args.runs):
+        student = new_model(args.student, args, loaders, seed)
+        if teacher is not None:
+            connect(student, teacher, args)
+        fit(student, make_step(student, teacher, args), loaders, args, method, seed,
+            args.distill_epochs)
+        if args.distill_epochs and not args.eval:
+            fit(student, make_step(student, None, args), loaders, args, method, seed)
+        if teacher is not None and not args.dry_run:
+            print("similarity, {}: KL(teacher || student) {:.4f}, cross-entropy {:.4f}".format(
+                args.split, *similarity(student, teacher, loaders[1])))
+    if not (args.dry_run or args.eval):
+        report(args, method)
+
+
+# --- shared: entry ---
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        fail(error)
+    except BaseException as error:      # Ctrl-C within torch.save comes out as an error of its own
+        if KeyboardInterrupt not in (type(error), type(error.__context__)):
+            raise
+        print("\nstopped; every finished epoch is kept, and the same command goes on from there")
+        sys.exit(130)
+# --- end shared ---
