@@ -156,6 +156,18 @@ def skd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float,
                    spherical(teacher_logits, scale, center), temperature)
 
 
+@torch.no_grad()
+def measures(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> dict:
+    """Means over the batch of Eq. 4 to 6 and 10, and of the theorems' approximations."""
+    (s_ours, s_theirs), (f_ours, f_theirs) = (
+        [of(logits, temperature).mean() for logits in (student_logits, teacher_logits)]
+        for of in (entropy, free_energy))
+    first, second = (x.mean() for x in theorems(student_logits, teacher_logits, temperature))
+    return {"S student": s_ours, "S teacher": s_theirs, "S gap": s_ours - s_theirs,
+            "theorem 1": first, "F student": f_ours, "F teacher": f_theirs,
+            "F gap": f_theirs - f_ours, "theorem 2": second}
+
+
 def make_step(student: nn.Module, teacher: nn.Module | None, args: Namespace) -> Callable:
     """A step's logits and the weighted terms of Eq. 16, or without a teacher cross-entropy alone.
 
@@ -182,19 +194,7 @@ def make_step(student: nn.Module, teacher: nn.Module | None, args: Namespace) ->
     return step
 
 
-@torch.no_grad()
-def measures(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> dict:
-    """Means over the batch of Eq. 4 to 6 and 10, and of the theorems' approximations."""
-    (s_ours, s_theirs), (f_ours, f_theirs) = (
-        [of(logits, temperature).mean() for logits in (student_logits, teacher_logits)]
-        for of in (entropy, free_energy))
-    first, second = (x.mean() for x in theorems(student_logits, teacher_logits, temperature))
-    return {"S student": s_ours, "S teacher": s_theirs, "S gap": s_ours - s_theirs,
-            "theorem 1": first, "F student": f_ours, "F teacher": f_theirs,
-            "F gap": f_theirs - f_ours, "theorem 2": second}
-
-
-def length(text: str) -> str | float:
+def scale_value(text: str) -> str | float:
     return text if text in ("literal", "none") else number(float, 1e-3, 1e3)(text)
 
 
@@ -496,8 +496,8 @@ def main() -> None:
     args, loaders = prepare(
         temperature=dict(type=number(float, 0.1, 100), help="tau"),
         kd_weight=dict(type=number(float, 0, 1), help="lambda"),
-        scale=dict(type=length, help="of the logits, their standard deviation; literal: length 1; "
-                                     "none: as they are, which is KD"))
+        scale=dict(type=scale_value, help="standard deviation of the logits; literal: length 1; "
+                                          "none: as they are, which is KD"))
     method = "baseline" if args.baseline else "skd"
     teacher = None if args.baseline else get_teacher(args, loaders)
     for seed in range(args.seed, args.seed + args.runs):

@@ -1,4 +1,5 @@
 """Every script through its command line: what a run prints, keeps and refuses."""
+import gc
 import importlib
 import json
 import os
@@ -458,6 +459,40 @@ def test_a_script_and_common_run_anywhere(tmp_path):
         done = shell(script, *SMALL, "--dry-run", home=folder, cwd="/")
         assert done.code == 0, done.err
         assert done.out.count("epoch 1 ") == TRAININGS.get(script, 2)
+
+
+def test_memory_does_not_grow(out, cli, monkeypatch):
+    """After the first epoch, which makes the momenta, no epoch leaves a tensor behind."""
+    module, sizes = importlib.import_module("skd"), []
+    real = module.evaluate
+
+    def count(model, loader, args):
+        accuracy = real(model, loader, args)
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        sizes.append((len(tensors), sum(storages.values())))
+        return accuracy
+
+    monkeypatch.setattr(module, "evaluate", count)
+    assert cli("skd", *SMALL, "--epochs", "6", "--out", out, "--teacher-ckpt",
+               out / "shapes/teachers/wrn10_1/seed0/last.pt").code == 0
+    assert len(sizes) == 7 and len(set(sizes[2:])) == 1, sizes
+
+
+def test_a_split_lies_in_memory_once():
+    """With its mirrored copies, and nothing of the 4000 pictures it was chosen from."""
+    gc.collect()
+    before = {id(x) for x in gc.get_objects() if type(x) is torch.Tensor}
+    loaders = common.load_data("shapes", "", 64, torch.device("cpu"), augment=True, seed=0,
+                               train_images=1000)
+    gc.collect()
+    kept = [x for x in gc.get_objects() if type(x) is torch.Tensor and id(x) not in before
+            and x.dtype == torch.uint8]
+    large = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    drawn = 3 * 16 * 16 * (4000 + 2 * 2000)     # which these tests keep for one another
+    assert sum(large.values()) <= 2 * 1000 * 20 * 20 * 3 + 2000 * 16 * 16 * 3 + drawn
+    assert loaders[0].images.shape == (2000, 20, 20, 3)
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -12,15 +12,20 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 RECORDS = ROOT / "tests/reference"
-METHODS = ["kd", "at", "atang"]
-COMMAND = r"python ((?:kd|at|atang)\.py[^`#\n|]*)"
+METHODS = ["kd", "at", "atang", "fsp", "overhaul", "skd"]
+COMMAND = r"python ((?:kd|at|atang|fsp|overhaul|skd)\.py[^`#\n|]*)"
 
 
 def commands() -> list[str]:
     texts = [README] + [ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text()))
                         for name in METHODS]
-    return sorted({" ".join(found.split("   ")[0].split())
-                   for text in texts for found in re.findall(COMMAND, text)})
+    found = []
+    for text in texts:
+        text = text.replace("\\\n", " ").replace("--teacher $T", "--teacher resnet20")
+        for name, value in re.findall(r'^ *([A-Z])="(.*)"$', text, re.MULTILINE):
+            text = text.replace(f"${name} ", f"{value} ")
+        found += [" ".join(line.split("   ")[0].split()) for line in re.findall(COMMAND, text)]
+    return sorted(set(found))
 
 
 class Parsed(BaseException):
@@ -35,7 +40,7 @@ def test_command_parses(command, monkeypatch):
     script, *flags = shlex.split(command)
     module = importlib.import_module(script.removesuffix(".py"))
     flags = [{"yours": "wrn16_1", "$T": "teacher.pt"}.get(flag, flag) for flag in flags]
-    if "--help" in flags:
+    if "--help" in flags or "--summary" in flags:
         return
     monkeypatch.setattr(module, "load_data", load_data)
     monkeypatch.setattr(sys, "argv", [script, *flags])
