@@ -248,19 +248,22 @@ def new_model(name: str, args: Namespace, loaders: tuple, seed: int) -> nn.Modul
     return model.to(args.device, memory_format=torch.channels_last)
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list:
-    """Load a checkpoint's weights, or a whole run and return its log; nothing in it is executed."""
+def restore(path: Path, model: nn.Module | None = None,
+            optimizer: torch.optim.Optimizer | None = None) -> list:
+    """Return a run's log, or load weights, or both and momenta; nothing in it is executed."""
     try:
         with warnings.catch_warnings():     # the error below says all in one line
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-        state_dict = state.get("model", state)
-        if not optimizer:       # another method's connectors are no part of the network
-            state_dict = {k: v for k, v in state_dict.items() if not k.startswith("connectors.")}
-        model.load_state_dict(state_dict)
+        if model is None:
+            return state["log"]
+        weights = state.get("model", state)
         if optimizer:
             optimizer.load_state_dict(state["optimizer"])
-        return state["log"] if optimizer else []
+        else:       # another method's connectors are no part of the network
+            weights = {k: v for k, v in weights.items() if not k.startswith("connectors.")}
+        model.load_state_dict(weights)
+        return []
     except Exception as error:
         fail(f"{path} is missing, damaged or of another network or number of classes; name another "
              f"or train it anew ({str(error).split('. ')[0][:200]})")
@@ -299,14 +302,15 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
     """
     train_loader, test_loader = loaders
     folder, settings = identify(args, method, seed)
-    optimizer = torch.optim.SGD(model.parameters(), settings["lr"], args.momentum,
+    start_lr = settings.get("student_lr") or settings["lr"]     # some methods want their own
+    optimizer = torch.optim.SGD(model.parameters(), start_lr, args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     sources = [Path(__file__), Path(__file__).with_name("common.py")]
     log = [{"settings": settings, "arguments": {k: str(v) for k, v in vars(args).items()},
             "versions": [sys.version, *(str(m.__version__) for m in (torch, torchvision, numpy))],
             "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]}]
     if args.eval or (folder / "last.pt").exists() and not args.dry_run:
-        sha256, log = log[0]["sha256"], restore(folder / "last.pt", model, optimizer)
+        sha256, log = log[0]["sha256"], restore(folder / "last.pt")
         kept, first = log[0]["settings"], int(method in ("teachers", "baseline"))
         if changed := [f"{key} {kept.get(key)}, now {value}" for key, value in settings.items()
                        if kept.get(key) != value]:
@@ -314,6 +318,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
                  f"--out" + (method == "teachers") * f" or --teacher-ckpt {folder}/last.pt")
         if sha256[first:] != log[0]["sha256"][first:]:      # every script makes those two alike
             print(f"note: {folder} was begun by other code; choose another --out to run today's")
+        restore(folder / "last.pt", model, optimizer)
     if args.eval:
         print(f"{folder}: {args.split} accuracy {evaluate(model, test_loader, args):.2f} %")
     elif not args.dry_run:
@@ -325,7 +330,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
         train_loader.seed = seed
         train_loader.set_epoch(epoch)
         drops = sum(epoch > max(1, round(part * args.epochs)) for part in args.milestones)
-        optimizer.param_groups[0]["lr"] = lr = settings["lr"] * args.lr_decay ** drops
+        optimizer.param_groups[0]["lr"] = lr = start_lr * args.lr_decay ** drops
         model.train()
         sums, seen, start = 0, 0, time.perf_counter()
         batches = itertools.islice(train_loader, 2 if args.dry_run else None)
@@ -382,8 +387,9 @@ def get_teacher(args: Namespace, loaders: tuple) -> nn.Module:
     return teacher
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+def spread(values: list[float], digits: int = 2) -> str:
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
 
 
 def report(args: Namespace, method: str) -> None:
@@ -415,27 +421,35 @@ def report(args: Namespace, method: str) -> None:
 def summary(out: Path) -> None:
     """All finished runs below `out`: mean and deviation over the seeds of equal settings."""
     runs = {}
-    for path in sorted(out.glob("*/*/*/seed*/log.jsonl")):
-        header, *log = map(json.loads, path.read_text().splitlines())
-        settings, end = header["settings"], log[-1] if log else {}
-        if len(log) == (settings.get("teacher_epochs") or settings["epochs"]):
-            key = (*path.relative_to(out).parts[:3], json.dumps(settings, sort_keys=True))
-            runs.setdefault(key, []).append(end)
+    for path in sorted(out.rglob("seed*/log.jsonl")):
+        try:
+            header, *log = map(json.loads, path.read_text().splitlines())
+            *folder, data, method, networks, _, _ = path.relative_to(out).parts
+        except ValueError:      # cut short, or not below the runs' folder
+            continue
+        settings = header["settings"]
+        done = len(log) == (settings.get("teacher_epochs") or settings["epochs"])
+        if done and method != "stage1":
+            key = ("/".join(folder), data, method, networks, json.dumps(settings, sort_keys=True))
+            runs.setdefault(key, []).append(log[-1])
     if not runs:
         fail(f"{out} holds no finished run; name the folder of the runs with --out")
     gaps = sorted({name for ends in runs.values() for name in ends[0] if name.endswith(" gap")})
-    print("".join(f"{title:14}" for title in ["data", "method", "networks"]), " " * 12,
-          "".join(f"{title:16}" for title in ["accuracy, %", "seeds", "gain", *gaps]), sep="")
-    for (data, method, networks, text), ends in runs.items():
+    titles = ["folder", "data", "method", "networks", "accuracy, %", "seeds", "gain", *gaps]
+    table = [titles]
+    for (folder, data, method, networks, text), ends in runs.items():
         settings, accuracy = json.loads(text), [end["test"] for end in ends]
-        base = [end["test"] for (*names, other), ends in runs.items()
+        base = [[end["test"] for end in ends] for (_, *names, other), ends in runs.items()
                 if names == [data, "baseline", networks.split("-")[-1]]
-                and json.loads(other).items() <= settings.items() for end in ends]
-        gain = f"{mean(accuracy) - mean(base):+.2f}" if base and method != "baseline" else ""
-        values = [spread([end[name] for end in ends]) if name in ends[0] else "" for name in gaps]
-        print("".join(f"{cell:14}" for cell in [data, method, f"{networks:26}"]),
-              "".join(f"{cell:16}" for cell in [spread(accuracy), str(len(ends)), gain, *values]),
-              sep="")
+                and json.loads(other).items() <= settings.items()]
+        gain = f"{mean(accuracy) - mean(base[0]):+.2f}" if base and "-" in networks else ""
+        values = [spread([end[name] for end in ends], 3) if name in ends[0] else ""
+                  for name in gaps]
+        table.append([folder, data, method, networks, spread(accuracy), str(len(ends)), gain,
+                      *values])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 # --- end shared ---
 
 

@@ -357,7 +357,7 @@ class MobileNetV2(nn.Module):
                                                      [(6, 32, 4, 2), (6, 48, 3, 1)],
                                                      [(6, 80, 3, 2), (6, 160, 1, 1)]])}
 
-    def __init__(self, form: str, num_classes: int, dropout: float = 0.0):
+    def __init__(self, form: str, num_classes: int, dropout: float | None = None):
         super().__init__()
         (channels, stem_stride), last, self.activation, layout = self.layouts[form]
         self.stage_channels = [rows[-1][1] for rows in layout]
@@ -377,7 +377,9 @@ class MobileNetV2(nn.Module):
             self.groups.append(blocks)
         self.last_conv = nn.Conv2d(channels, last, 1, bias=False)
         self.last_norm = nn.BatchNorm2d(last)
-        self.dropout = nn.Dropout(dropout)
+        # the ATang authors' class drops, the CIFAR-100 tables' does not
+        self.dropout = nn.Dropout((0.2 if self.ends_in_last_conv else 0.0) if dropout is None
+                                  else dropout)
         self.classifier = nn.Linear(last, num_classes)
         initialise(self)
         nn.init.normal_(self.classifier.weight, 0.0, 0.01)
@@ -601,15 +603,15 @@ def print_networks() -> None:
         return " ".join(f"{x.shape[1]}x{x.shape[2]}" for x in maps)
 
     print("channels x pixels of each group's first map (entries), last map (stages), and pre_relu")
-    print(f"{'network':18}{'10 classes':>12}{'100 classes':>13}  {'entries':27}{'stages':29}"
+    print(f"{'network':18}{'10 classes':>12}{'100 classes':>13}  {'entries':28}{'stages':28}"
           f"pre_relu")
     with torch.device("meta"), torch.no_grad():     # shapes without numbers
         for name in model_names():
             small, large = create_model(name, 10), create_model(name, 100)
             taps = small.eval()(torch.empty(1, 3, 32, 32), taps=True)
             counts = [sum(p.numel() for p in model.parameters()) for model in (small, large)]
-            print(f"{name:18}{counts[0]:12,}{counts[1]:13,}  {shapes(taps.entries):27}"
-                  f"{shapes(taps.stages):29}{shapes(taps.pre_relu)}")
+            print(f"{name:18}{counts[0]:12,}{counts[1]:13,}  {shapes(taps.entries):28}"
+                  f"{shapes(taps.stages):28}{shapes(taps.pre_relu)}")
     for table, pairs in PAIRS.items():
         print(f"\n{table}: " + ", ".join(f"{student} from {teacher}" for teacher, student in pairs))
 

@@ -17,14 +17,15 @@ matrices, with no labels; stage 2 starts from these weights and is ordinary trai
     G        fsp_matrix()      (N, m, n)          N          batch_size    128
 
 Run:
-    python fsp.py --dataset shapes                                                            
-                                                                 baseline 73.9 (5 seeds, see README)
+    python fsp.py --dataset shapes                               5 + 20 epochs on 2 CPU cores
+    T=runs/shapes/teachers/wrn16_3/seed0/last.pt                 77.7 % in 5 + 15 epochs, baseline
+    python fsp.py --dataset shapes --epochs 15 --teacher-ckpt $T --out runs/fsp      73.9 (5 seeds)
     python fsp.py --teacher resnet26 --student resnet8 --fsp-weight 1        CIFAR-10, a GPU
 Table 1, CIFAR-100, the teacher's architecture taught again in a third of its iterations:
     python fsp.py --dataset cifar100 --student resnet32 --baseline
     T=runs/cifar100/baseline/resnet32/seed0/last.pt
     python fsp.py --dataset cifar100 --teacher resnet32 --student resnet32 --teacher-ckpt $T \
-      --recipe third --runs 3 --ensemble --fsp-seed 0 --out runs/third
+      --recipe third --fsp-weight 1 --fsp-seed 0 --runs 3 --ensemble --out runs/third
 
 Departures from the paper and from known code:
  1. The paper's networks have equal widths. Where teacher's and student's differ, a 1x1 convolution
@@ -32,17 +33,19 @@ Departures from the paper and from known code:
     trained in stage 1 and dropped before stage 2, with its share of what was learnt.
  2. Eq. 2 sums over the entries of a matrix, and so does this file. lambda_i is not published: 1 for
     the paper's networks of 16 to 64 channels; the sum over a WRN16-3's 48 to 192 channels diverges
-    with that, hence 0.01 where such a teacher is the default. Known code (RepDistiller, KD-Zoo)
-    averages over the entries.
+    with that, hence 0.01 as the default. Known code (RepDistiller, KD-Zoo) averages over the
+    entries.
  3. A section of one block has no other first map than the one inside the block (ResNet, WRN) or
     what enters it (VGG). Where F1 is larger than F2 it is max-pooled, as in the paper. Teacher and
     student may differ in size: G does not depend on it.
- 4. Recipes: 64,000, 32,000 and 21,000 iterations are 164, 82 and 54 epochs at batch size 128, which
-    the paper does not state; flips, beside its crops, are ours.
+ 4. Recipes: 64,000, 32,000 and 21,000 iterations are 164, 82 and 54 epochs at a batch size of 128,
+    which is ours, as are flips beside the crops. Stage 1's 32,000 follow from Table 1's 95k - 63k;
+    on CIFAR-10 it had 21,000, so --fsp-epochs 54 belongs to --recipe third there.
  5. By default every student has a stage 1 of its own; --fsp-seed 0 shares one, as in Table 1. The
     stage-1 weights are copied with the untrained classifier; BatchNorm statistics follow stage 1.
- 6. On shapes every number is ours, found on its validation split: 5 + 15 epochs give the student
-    as many images as the 20 of the other scripts, whose teacher it shares by --teacher-ckpt.
+    The minutes in the last table are stage 2's.
+ 6. On shapes every number is ours. 5 + 15 epochs show the student as many images as the 20 epochs
+    of the other scripts do; the teacher is theirs.
 """
 import hashlib
 import itertools
@@ -68,12 +71,11 @@ from common import ImageLoader, create_model, load_data
 
 # Milestones are fractions of the epochs: the schedule keeps its shape when the run gets shorter.
 YIM = dict(batch_size=128, lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4, lr_decay=0.1,
-           augment=True, reflect=False, fsp_lr=1e-3, fsp_weight=1.0)
+           augment=True, reflect=False, fsp_lr=1e-3, fsp_weight=0.01)
 FSP_MILESTONES = [11 / 21, 16 / 21]     # of stage 1, in thousands of iterations
 RECIPES = {
     # Yim et al. 2017, Section 4; see departure 4
-    "cifar10": dict(YIM, epochs=164, milestones=[32 / 64, 48 / 64], fsp_epochs=54,
-                    fsp_weight=0.01),
+    "cifar10": dict(YIM, epochs=164, milestones=[32 / 64, 48 / 64], fsp_epochs=54),
     "cifar100": dict(YIM, epochs=164, milestones=[32 / 64, 48 / 64], fsp_epochs=82),
     # the rows of Table 1 with a star
     "third": dict(YIM, epochs=54, milestones=[11 / 21, 16 / 21], fsp_epochs=82),
@@ -277,19 +279,22 @@ def new_model(name: str, args: Namespace, loaders: tuple, seed: int) -> nn.Modul
     return model.to(args.device, memory_format=torch.channels_last)
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list:
-    """Load a checkpoint's weights, or a whole run and return its log; nothing in it is executed."""
+def restore(path: Path, model: nn.Module | None = None,
+            optimizer: torch.optim.Optimizer | None = None) -> list:
+    """Return a run's log, or load weights, or both and momenta; nothing in it is executed."""
     try:
         with warnings.catch_warnings():     # the error below says all in one line
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-        state_dict = state.get("model", state)
-        if not optimizer:       # another method's connectors are no part of the network
-            state_dict = {k: v for k, v in state_dict.items() if not k.startswith("connectors.")}
-        model.load_state_dict(state_dict)
+        if model is None:
+            return state["log"]
+        weights = state.get("model", state)
         if optimizer:
             optimizer.load_state_dict(state["optimizer"])
-        return state["log"] if optimizer else []
+        else:       # another method's connectors are no part of the network
+            weights = {k: v for k, v in weights.items() if not k.startswith("connectors.")}
+        model.load_state_dict(weights)
+        return []
     except Exception as error:
         fail(f"{path} is missing, damaged or of another network or number of classes; name another "
              f"or train it anew ({str(error).split('. ')[0][:200]})")
@@ -328,14 +333,15 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
     """
     train_loader, test_loader = loaders
     folder, settings = identify(args, method, seed)
-    optimizer = torch.optim.SGD(model.parameters(), settings["lr"], args.momentum,
+    start_lr = settings.get("student_lr") or settings["lr"]     # some methods want their own
+    optimizer = torch.optim.SGD(model.parameters(), start_lr, args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     sources = [Path(__file__), Path(__file__).with_name("common.py")]
     log = [{"settings": settings, "arguments": {k: str(v) for k, v in vars(args).items()},
             "versions": [sys.version, *(str(m.__version__) for m in (torch, torchvision, numpy))],
             "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]}]
     if args.eval or (folder / "last.pt").exists() and not args.dry_run:
-        sha256, log = log[0]["sha256"], restore(folder / "last.pt", model, optimizer)
+        sha256, log = log[0]["sha256"], restore(folder / "last.pt")
         kept, first = log[0]["settings"], int(method in ("teachers", "baseline"))
         if changed := [f"{key} {kept.get(key)}, now {value}" for key, value in settings.items()
                        if kept.get(key) != value]:
@@ -343,6 +349,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
                  f"--out" + (method == "teachers") * f" or --teacher-ckpt {folder}/last.pt")
         if sha256[first:] != log[0]["sha256"][first:]:      # every script makes those two alike
             print(f"note: {folder} was begun by other code; choose another --out to run today's")
+        restore(folder / "last.pt", model, optimizer)
     if args.eval:
         print(f"{folder}: {args.split} accuracy {evaluate(model, test_loader, args):.2f} %")
     elif not args.dry_run:
@@ -354,7 +361,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
         train_loader.seed = seed
         train_loader.set_epoch(epoch)
         drops = sum(epoch > max(1, round(part * args.epochs)) for part in args.milestones)
-        optimizer.param_groups[0]["lr"] = lr = settings["lr"] * args.lr_decay ** drops
+        optimizer.param_groups[0]["lr"] = lr = start_lr * args.lr_decay ** drops
         model.train()
         sums, seen, start = 0, 0, time.perf_counter()
         batches = itertools.islice(train_loader, 2 if args.dry_run else None)
@@ -411,8 +418,9 @@ def get_teacher(args: Namespace, loaders: tuple) -> nn.Module:
     return teacher
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+def spread(values: list[float], digits: int = 2) -> str:
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
 
 
 def report(args: Namespace, method: str) -> None:
@@ -444,27 +452,35 @@ def report(args: Namespace, method: str) -> None:
 def summary(out: Path) -> None:
     """All finished runs below `out`: mean and deviation over the seeds of equal settings."""
     runs = {}
-    for path in sorted(out.glob("*/*/*/seed*/log.jsonl")):
-        header, *log = map(json.loads, path.read_text().splitlines())
-        settings, end = header["settings"], log[-1] if log else {}
-        if len(log) == (settings.get("teacher_epochs") or settings["epochs"]):
-            key = (*path.relative_to(out).parts[:3], json.dumps(settings, sort_keys=True))
-            runs.setdefault(key, []).append(end)
+    for path in sorted(out.rglob("seed*/log.jsonl")):
+        try:
+            header, *log = map(json.loads, path.read_text().splitlines())
+            *folder, data, method, networks, _, _ = path.relative_to(out).parts
+        except ValueError:      # cut short, or not below the runs' folder
+            continue
+        settings = header["settings"]
+        done = len(log) == (settings.get("teacher_epochs") or settings["epochs"])
+        if done and method != "stage1":
+            key = ("/".join(folder), data, method, networks, json.dumps(settings, sort_keys=True))
+            runs.setdefault(key, []).append(log[-1])
     if not runs:
         fail(f"{out} holds no finished run; name the folder of the runs with --out")
     gaps = sorted({name for ends in runs.values() for name in ends[0] if name.endswith(" gap")})
-    print("".join(f"{title:14}" for title in ["data", "method", "networks"]), " " * 12,
-          "".join(f"{title:16}" for title in ["accuracy, %", "seeds", "gain", *gaps]), sep="")
-    for (data, method, networks, text), ends in runs.items():
+    titles = ["folder", "data", "method", "networks", "accuracy, %", "seeds", "gain", *gaps]
+    table = [titles]
+    for (folder, data, method, networks, text), ends in runs.items():
         settings, accuracy = json.loads(text), [end["test"] for end in ends]
-        base = [end["test"] for (*names, other), ends in runs.items()
+        base = [[end["test"] for end in ends] for (_, *names, other), ends in runs.items()
                 if names == [data, "baseline", networks.split("-")[-1]]
-                and json.loads(other).items() <= settings.items() for end in ends]
-        gain = f"{mean(accuracy) - mean(base):+.2f}" if base and method != "baseline" else ""
-        values = [spread([end[name] for end in ends]) if name in ends[0] else "" for name in gaps]
-        print("".join(f"{cell:14}" for cell in [data, method, f"{networks:26}"]),
-              "".join(f"{cell:16}" for cell in [spread(accuracy), str(len(ends)), gain, *values]),
-              sep="")
+                and json.loads(other).items() <= settings.items()]
+        gain = f"{mean(accuracy) - mean(base[0]):+.2f}" if base and "-" in networks else ""
+        values = [spread([end[name] for end in ends], 3) if name in ends[0] else ""
+                  for name in gaps]
+        table.append([folder, data, method, networks, spread(accuracy), str(len(ends)), gain,
+                      *values])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 # --- end shared ---
 
 

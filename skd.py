@@ -25,6 +25,7 @@ Run:
                                                             baseline 73.9 (5 seeds, see README)
     python skd.py --teacher wrn16_3 --student wrn16_1       CIFAR-10, 200 epochs, a GPU
 Table 7, growing teachers of one student, and its table:
+    python kd.py --dataset cifar100 --student resnet14 --baseline
     for T in resnet20 resnet32 resnet44 resnet56 resnet110; do
       python kd.py --dataset cifar100 --teacher $T --student resnet14
       python skd.py --dataset cifar100 --teacher $T --student resnet14
@@ -37,16 +38,17 @@ Departures from the paper and from the authors' code:
     for L_SKD, which differs from it by the teacher's entropy alone.
  2. L_cls is cross-entropy on the student's spherical logits, as the code has it and its author
     says is needed; with --scale literal, of which the paper says nothing, on the raw ones.
-    --scale none leaves the logits as they are: this is kd.py, with the gaps logged.
+    --scale none leaves the logits as they are: this is kd.py to the bit, with the gaps logged.
  3. Theorem 1 says 1 / (K tau^2): twice too much, since its proof stops at first order (Eq. 8).
     The second-order term of the denominator halves it; Theorem 2's constant is right.
- 4. The gaps are logged on the logits that are compared, at tau, as means over an epoch's training
-    batches; tau and average of the paper's Tables 2 and 7 are not stated. "theorem 1" and 2 stand
-    beside "S gap" and "F gap"; on one sphere they are 0, and the gaps what they leave out.
- 5. Recipe cifar100 is that of CRD's tables, which the paper's rows come from: batch size and weight
-    decay are not in the paper. It says nesterov, the code does not; lambda falls with the epochs in
-    the code alone. Recipe cifar10 is that of kd.py, so that the scripts compare.
- 6. On shapes every number is ours, found on its validation split.
+ 4. The gaps are logged at tau, on the logits that are compared, centred as the theorems assume, as
+    means over an epoch's training batches. The paper names tau = 1 for Table 2's entropies and 4
+    for KD's training, but neither tau nor average for its gaps. "theorem 1" and "theorem 2" stand
+    beside "S gap" and "F gap"; with the default scale they are 0, and the gaps what they leave out.
+ 5. Recipe cifar100 is that of CRD's tables, which the paper's rows come from: it gives batch size
+    and weight decay for ImageNet alone. It says nesterov, the code does not; lambda falls with the
+    epochs in the code alone. Recipe cifar10 is that of kd.py, so that the scripts compare.
+ 6. On shapes the training is that of the other scripts, tau, lambda and scale those of cifar100.
 """
 import hashlib
 import itertools
@@ -124,12 +126,12 @@ def theorems(student_logits: Tensor, teacher_logits: Tensor, temperature: float)
 def spherical(logits: Tensor, scale: float = 1.0, center: bool = False) -> Tensor:
     """Eq. 15 times a length: scale z / ||z||_2; logits (N, K) -> (N, K), in units of a logit.
 
-    center: z minus its mean first. Logits of zeros stay zeros.
+    center: z minus its mean first. A length below 1e-3, of logits that say nothing, counts as 1e-3.
     """
     logits = full(logits)
     if center:
         logits = logits - logits.mean(dim=1, keepdim=True)
-    return scale * F.normalize(logits, dim=1)
+    return scale * F.normalize(logits, dim=1, eps=1e-3)
 
 
 # --- shared: kd loss ---
@@ -159,6 +161,8 @@ def skd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float,
 @torch.no_grad()
 def measures(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> dict:
     """Means over the batch of Eq. 4 to 6 and 10, and of the theorems' approximations."""
+    student_logits, teacher_logits = (full(x) - full(x).mean(dim=1, keepdim=True)
+                                      for x in (student_logits, teacher_logits))
     (s_ours, s_theirs), (f_ours, f_theirs) = (
         [of(logits, temperature).mean() for logits in (student_logits, teacher_logits)]
         for of in (entropy, free_energy))
@@ -301,19 +305,22 @@ def new_model(name: str, args: Namespace, loaders: tuple, seed: int) -> nn.Modul
     return model.to(args.device, memory_format=torch.channels_last)
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list:
-    """Load a checkpoint's weights, or a whole run and return its log; nothing in it is executed."""
+def restore(path: Path, model: nn.Module | None = None,
+            optimizer: torch.optim.Optimizer | None = None) -> list:
+    """Return a run's log, or load weights, or both and momenta; nothing in it is executed."""
     try:
         with warnings.catch_warnings():     # the error below says all in one line
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-        state_dict = state.get("model", state)
-        if not optimizer:       # another method's connectors are no part of the network
-            state_dict = {k: v for k, v in state_dict.items() if not k.startswith("connectors.")}
-        model.load_state_dict(state_dict)
+        if model is None:
+            return state["log"]
+        weights = state.get("model", state)
         if optimizer:
             optimizer.load_state_dict(state["optimizer"])
-        return state["log"] if optimizer else []
+        else:       # another method's connectors are no part of the network
+            weights = {k: v for k, v in weights.items() if not k.startswith("connectors.")}
+        model.load_state_dict(weights)
+        return []
     except Exception as error:
         fail(f"{path} is missing, damaged or of another network or number of classes; name another "
              f"or train it anew ({str(error).split('. ')[0][:200]})")
@@ -352,14 +359,15 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
     """
     train_loader, test_loader = loaders
     folder, settings = identify(args, method, seed)
-    optimizer = torch.optim.SGD(model.parameters(), settings["lr"], args.momentum,
+    start_lr = settings.get("student_lr") or settings["lr"]     # some methods want their own
+    optimizer = torch.optim.SGD(model.parameters(), start_lr, args.momentum,
                                 weight_decay=args.weight_decay, nesterov=args.nesterov)
     sources = [Path(__file__), Path(__file__).with_name("common.py")]
     log = [{"settings": settings, "arguments": {k: str(v) for k, v in vars(args).items()},
             "versions": [sys.version, *(str(m.__version__) for m in (torch, torchvision, numpy))],
             "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]}]
     if args.eval or (folder / "last.pt").exists() and not args.dry_run:
-        sha256, log = log[0]["sha256"], restore(folder / "last.pt", model, optimizer)
+        sha256, log = log[0]["sha256"], restore(folder / "last.pt")
         kept, first = log[0]["settings"], int(method in ("teachers", "baseline"))
         if changed := [f"{key} {kept.get(key)}, now {value}" for key, value in settings.items()
                        if kept.get(key) != value]:
@@ -367,6 +375,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
                  f"--out" + (method == "teachers") * f" or --teacher-ckpt {folder}/last.pt")
         if sha256[first:] != log[0]["sha256"][first:]:      # every script makes those two alike
             print(f"note: {folder} was begun by other code; choose another --out to run today's")
+        restore(folder / "last.pt", model, optimizer)
     if args.eval:
         print(f"{folder}: {args.split} accuracy {evaluate(model, test_loader, args):.2f} %")
     elif not args.dry_run:
@@ -378,7 +387,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
         train_loader.seed = seed
         train_loader.set_epoch(epoch)
         drops = sum(epoch > max(1, round(part * args.epochs)) for part in args.milestones)
-        optimizer.param_groups[0]["lr"] = lr = settings["lr"] * args.lr_decay ** drops
+        optimizer.param_groups[0]["lr"] = lr = start_lr * args.lr_decay ** drops
         model.train()
         sums, seen, start = 0, 0, time.perf_counter()
         batches = itertools.islice(train_loader, 2 if args.dry_run else None)
@@ -435,8 +444,9 @@ def get_teacher(args: Namespace, loaders: tuple) -> nn.Module:
     return teacher
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+def spread(values: list[float], digits: int = 2) -> str:
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
 
 
 def report(args: Namespace, method: str) -> None:
@@ -468,32 +478,41 @@ def report(args: Namespace, method: str) -> None:
 def summary(out: Path) -> None:
     """All finished runs below `out`: mean and deviation over the seeds of equal settings."""
     runs = {}
-    for path in sorted(out.glob("*/*/*/seed*/log.jsonl")):
-        header, *log = map(json.loads, path.read_text().splitlines())
-        settings, end = header["settings"], log[-1] if log else {}
-        if len(log) == (settings.get("teacher_epochs") or settings["epochs"]):
-            key = (*path.relative_to(out).parts[:3], json.dumps(settings, sort_keys=True))
-            runs.setdefault(key, []).append(end)
+    for path in sorted(out.rglob("seed*/log.jsonl")):
+        try:
+            header, *log = map(json.loads, path.read_text().splitlines())
+            *folder, data, method, networks, _, _ = path.relative_to(out).parts
+        except ValueError:      # cut short, or not below the runs' folder
+            continue
+        settings = header["settings"]
+        done = len(log) == (settings.get("teacher_epochs") or settings["epochs"])
+        if done and method != "stage1":
+            key = ("/".join(folder), data, method, networks, json.dumps(settings, sort_keys=True))
+            runs.setdefault(key, []).append(log[-1])
     if not runs:
         fail(f"{out} holds no finished run; name the folder of the runs with --out")
     gaps = sorted({name for ends in runs.values() for name in ends[0] if name.endswith(" gap")})
-    print("".join(f"{title:14}" for title in ["data", "method", "networks"]), " " * 12,
-          "".join(f"{title:16}" for title in ["accuracy, %", "seeds", "gain", *gaps]), sep="")
-    for (data, method, networks, text), ends in runs.items():
+    titles = ["folder", "data", "method", "networks", "accuracy, %", "seeds", "gain", *gaps]
+    table = [titles]
+    for (folder, data, method, networks, text), ends in runs.items():
         settings, accuracy = json.loads(text), [end["test"] for end in ends]
-        base = [end["test"] for (*names, other), ends in runs.items()
+        base = [[end["test"] for end in ends] for (_, *names, other), ends in runs.items()
                 if names == [data, "baseline", networks.split("-")[-1]]
-                and json.loads(other).items() <= settings.items() for end in ends]
-        gain = f"{mean(accuracy) - mean(base):+.2f}" if base and method != "baseline" else ""
-        values = [spread([end[name] for end in ends]) if name in ends[0] else "" for name in gaps]
-        print("".join(f"{cell:14}" for cell in [data, method, f"{networks:26}"]),
-              "".join(f"{cell:16}" for cell in [spread(accuracy), str(len(ends)), gain, *values]),
-              sep="")
+                and json.loads(other).items() <= settings.items()]
+        gain = f"{mean(accuracy) - mean(base[0]):+.2f}" if base and "-" in networks else ""
+        values = [spread([end[name] for end in ends], 3) if name in ends[0] else ""
+                  for name in gaps]
+        table.append([folder, data, method, networks, spread(accuracy), str(len(ends)), gain,
+                      *values])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 # --- end shared ---
 
 
 def main() -> None:
     args, loaders = prepare(
+        student_lr=dict(type=number(float, 1e-9), help="of the distilled student; default: --lr"),
         temperature=dict(type=number(float, 0.1, 100), help="tau"),
         kd_weight=dict(type=number(float, 0, 1), help="lambda"),
         scale=dict(type=scale_value, help="standard deviation of the logits; literal: length 1; "

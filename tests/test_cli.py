@@ -175,6 +175,14 @@ def test_the_choices_of_overhaul(flags, cli, out):
                out / "shapes/overhaul/wrn10_1-resnet8/seed0/last.pt", "--dry-run").code == 0
 
 
+def test_overhaul_says_which_choice_differs(cli, out):
+    assert cli("overhaul", *SMALL, "--out", out).code == 0
+    for flags, says in (("--layers last", "layers all, now last"),
+                        ("--distance l2 --position end", "position pre-relu, now end")):
+        assert says in cli("overhaul", *SMALL, "--out", out, *flags.split()).refused()
+    assert cli("overhaul", *SMALL, "--out", out, "--baseline", "--position", "end").code == 0
+
+
 def test_overhaul_positions_and_statistics_decide_the_loss(cli, out):
     """Each choice is another loss, from the same weights on the same first batch."""
     values = set()
@@ -240,6 +248,9 @@ def test_summary(cli, out, tmp_path):
     tables = {script: cli(script, "--summary", "--out", out).out for script in SCRIPTS}
     assert len(set(tables.values())) == 1, "every script prints the same"
     lines = {line.split()[1]: line for line in tables["kd"].splitlines()[1:]}
+    for cut in ("", '{"settings'):      # a killed write is passed over
+        (out / "shapes/kd/wrn10_1-resnet8/seed1/log.jsonl").write_text(cut)
+        assert cli("kd", "--summary", "--out", out).out == tables["kd"]
     assert list(lines) == ["at", "baseline", "fsp", "kd", "skd", "teachers"]
     assert "S gap" in tables["kd"].splitlines()[0] and "F gap" in tables["kd"].splitlines()[0]
     base, ours = ([rows(out / "shapes" / name / f"seed{n}")[-1]["test"] for n in range(2)]
@@ -247,7 +258,10 @@ def test_summary(cli, out, tmp_path):
     assert f"{sum(ours) / 2:.2f} ± " in lines["skd"]
     assert f"{sum(ours) / 2 - sum(base) / 2:+.2f}" in lines["skd"]
     gap = [rows(out / f"shapes/skd/wrn10_1-resnet8/seed{n}")[-1]["S gap"] for n in range(2)]
-    assert f"{sum(gap) / 2:.2f} ± " in lines["skd"]
+    assert f"{sum(gap) / 2:.3f} ± " in lines["skd"]
+    below = cli("kd", "--summary", "--out", out.parent).out.splitlines()
+    assert [line.split() for line in below[1:]] == [["runs", *line.split()] for line in
+                                                    tables["kd"].splitlines()[1:]]
     alone = rows(out / "shapes/kd/wrn10_1-resnet8/seed0")[-1]["test"]
     assert lines["kd"].split()[3:5] == [f"{alone:.2f}", "1"], "one seed is finished"
     assert "+" not in lines["at"] and " -" not in lines["at"], "no baseline of that student"

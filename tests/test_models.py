@@ -238,6 +238,8 @@ def test_wrong_names_are_refused(name, says):
 
 
 def test_keywords_reach_the_network():
+    assert create_model("mobilenetv2", 10).dropout.p == 0.2
+    assert create_model("mobilenetv2_half", 10).dropout.p == 0
     assert create_model("mobilenetv2", 10, dropout=0.5).dropout.p == 0.5
     with pytest.raises(TypeError):
         create_model("wrn16_1", 10, droput=0.5)
