@@ -266,7 +266,9 @@ def prepare(pairs: str = "", **own: dict) -> tuple[Namespace, tuple[ImageLoader,
     if args.summary:
         summary(args.out)
         sys.exit()
-    args.own, args.teacher_sha256, args.lr_mobile = list(own), None, args.lr
+    args.own, args.teacher_sha256 = list(own), None
+    # some recipes have another learning rate for some networks or students; --lr is for all
+    args.lr_mobile, args.student_lr = args.lr, getattr(args, "student_lr", None) or args.lr
     args.device = devices[0] if args.device == "auto" else args.device
     args.bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.data = str(args.data_dir.resolve()) if args.dataset == "folder" else args.dataset

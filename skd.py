@@ -48,7 +48,9 @@ Departures from the paper and from the authors' code:
  5. Recipe cifar100 is that of CRD's tables, which the paper's rows come from: it gives batch size
     and weight decay for ImageNet alone. It says nesterov, the code does not; lambda falls with the
     epochs in the code alone. Recipe cifar10 is that of kd.py, so that the scripts compare.
- 6. On shapes the training is that of the other scripts, tau, lambda and scale those of cifar100.
+ 6. On shapes the training is that of the other scripts, but the distilled student starts at half
+    their learning rate: dividing by ||z|| multiplies the gradient by scale sqrt(K) / ||z||, and
+    from 0.1 on five seeds ended anywhere between 26 and 61 %.
 """
 import hashlib
 import itertools
@@ -86,7 +88,8 @@ RECIPES = {
                      temperature=4.0, kd_weight=0.9, scale=2.0),
     "shapes": dict(epochs=20, batch_size=32, lr=0.1, momentum=0.9, nesterov=False,
                    weight_decay=5e-4, milestones=[0.6, 0.8, 0.95], lr_decay=0.2,
-                   augment=True, reflect=False, temperature=4.0, kd_weight=0.9, scale=2.0),
+                   augment=True, reflect=False, student_lr=0.05,
+                   temperature=4.0, kd_weight=0.9, scale=2.0),
 }
 RECIPES["folder"] = RECIPES["cifar10"]
 
@@ -267,7 +270,9 @@ def prepare(pairs: str = "", **own: dict) -> tuple[Namespace, tuple[ImageLoader,
     if args.summary:
         summary(args.out)
         sys.exit()
-    args.own, args.teacher_sha256, args.lr_mobile = list(own), None, args.lr
+    args.own, args.teacher_sha256 = list(own), None
+    # some recipes have another learning rate for some networks or students; --lr is for all
+    args.lr_mobile, args.student_lr = args.lr, getattr(args, "student_lr", None) or args.lr
     args.device = devices[0] if args.device == "auto" else args.device
     args.bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.data = str(args.data_dir.resolve()) if args.dataset == "folder" else args.dataset
@@ -512,7 +517,7 @@ def summary(out: Path) -> None:
 
 def main() -> None:
     args, loaders = prepare(
-        student_lr=dict(type=number(float, 1e-9), help="of the distilled student; default: --lr"),
+        student_lr=dict(type=number(float, 1e-9), help="of the distilled student; default --lr"),
         temperature=dict(type=number(float, 0.1, 100), help="tau"),
         kd_weight=dict(type=number(float, 0, 1), help="lambda"),
         scale=dict(type=scale_value, help="standard deviation of the logits; literal: length 1; "

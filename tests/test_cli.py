@@ -19,7 +19,7 @@ METHODS = {"kd": ["--temperature", "3"], "at": ["--beta", "20"], "atang": ["--ga
 # with these the student learns from the labels alone; FSP's first stage knows no labels
 NO_METHOD = {"kd": ["--kd-weight", "0"], "at": ["--kd-weight", "0", "--beta", "0"],
              "atang": ["--kd-weight", "0", "--gamma", "0"], "overhaul": ["--alpha", "0"],
-             "skd": ["--kd-weight", "0", "--scale", "none"]}
+             "skd": ["--kd-weight", "0", "--scale", "none", "--student-lr", "0.1"]}
 TERMS = {"kd": ["ce", "kd"], "at": ["ce", "kd", "at"], "atang": ["ce", "kd", "atang"],
          "fsp": ["ce"], "overhaul": ["ce", "overhaul"], "skd": ["ce", "skd"]}
 TRAININGS = {"fsp": 3}      # of a teacher and a student; of the others 2
@@ -56,7 +56,8 @@ def test_a_run_from_nothing(script, cli, tmp_path):
         assert all(row[term] > 0 for term in TERMS[script])
         assert list(row)[1:1 + len(TERMS[script])] == TERMS[script]
         assert 0 <= row["train"] <= 100 and 0 <= row["test"] <= 100 and row["images/s"] > 0
-    assert [row["lr"] for row in log] == pytest.approx([0.1, 0.02])     # milestone 0.6 of 2 epochs
+    start = 0.05 if script == "skd" else 0.1
+    assert [row["lr"] for row in log] == pytest.approx([start, 0.2 * start])    # milestone 0.6
     assert header["arguments"]["student"] == "resnet8" and header["arguments"]["device"] == "cpu"
     assert header["versions"][1] == str(torch.__version__)
     assert all(len(digest) == 64 for digest in header["sha256"])
@@ -217,13 +218,15 @@ def test_skd_without_its_sphere(scale, cli, out):
     flags = [*SMALL, "--out", out]
     if scale == "none":
         assert cli("kd", *flags, "--temperature", "3").code == 0
-        assert cli("skd", *flags, "--temperature", "3", "--scale", scale).code == 0
+        assert cli("skd", *flags, "--temperature", "3", "--scale", scale, "--student-lr",
+                   "0.1").code == 0
         ours, theirs = (result_of(out / f"shapes/{name}/wrn10_1-resnet8/seed0")
                         for name in ("skd", "kd"))
         assert equal_bits(ours["model"], theirs["model"])
         assert ours["log"][0]["skd"] == theirs["log"][0]["kd"]
     else:
-        assert cli("skd", *flags, "--kd-weight", "0", "--scale", scale).code == 0
+        assert cli("skd", *flags, "--kd-weight", "0", "--scale", scale, "--student-lr",
+                   "0.1").code == 0
         same_as_the_baseline("skd", cli, out)
 
 
@@ -546,7 +549,7 @@ def test_refused(script, flags, says, cli, tmp_path):
     ("fsp", "--fsp-seed -1"), ("overhaul", "--setting g"), ("overhaul", "--alpha inf"),
     ("overhaul", "--position end"), ("overhaul", "--distance l1"), ("overhaul", "--layers first"),
     ("overhaul", "--teacher-bn eval"), ("skd", "--scale 0"), ("skd", "--scale unit"),
-    ("skd", "--temperature 0"), ("skd", "--kd-weight 2")])
+    ("skd", "--temperature 0"), ("skd", "--student-lr 0"), ("skd", "--kd-weight 2")])
 def test_refused_of_the_methods_own(script, flags, cli, tmp_path):
     assert flags.split()[0 if "cifar100" not in flags else 1] in cli(
         script, *SMALL, "--out", tmp_path / "runs", *flags.split()).refused()
