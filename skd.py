@@ -21,7 +21,7 @@ networks on one sphere: what is left to match is their direction, which class re
     z^, v^   spherical()       (N, K)         -        scale            2 (departure 1)
 
 Run:
-    python skd.py --dataset shapes                                                       
+    python skd.py --dataset shapes                          5 minutes on 2 CPU cores: 64.9 %,
                                                             baseline 73.9 (5 seeds, see README)
     python skd.py --teacher wrn16_3 --student wrn16_1       CIFAR-10, 200 epochs, a GPU
 Table 7, growing teachers of one student, and its table:
