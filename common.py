@@ -632,7 +632,8 @@ class ImageLoader:
     """Normalised, channels_last batches of a split that lies on the device as uint8.
 
     A shuffled loader's order, crops and flips depend on (seed, epoch) alone. They are drawn on the
-    CPU, so that every device sees the same batches; the pixels never leave the device.
+    CPU, so that every device sees the same batches; the pixels never leave the device. One image
+    left over for the last batch, which BatchNorm could not normalise, sits out its epoch.
     """
 
     def __init__(self, split: Split, class_names: list[str], mean: Tensor, std: Tensor,
@@ -643,6 +644,7 @@ class ImageLoader:
         self.class_names, self.num_classes = class_names, len(class_names)
         self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
         self.seed, self.epoch = seed, 0
+        self.left_out = int(shuffle and 1 == len(self.labels) % batch_size < len(self.labels))
         self.size = self.images.shape[1]
         # one value a pixel, not one a channel: subtracting three-element rows is 5 times slower
         self.mean = mean.to(device).expand(self.size, self.size, 3).contiguous()
@@ -653,7 +655,7 @@ class ImageLoader:
             self.images = torch.cat([self.images, self.images.flip(2)])
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
+        return -(-(len(self.labels) - self.left_out) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -664,7 +666,7 @@ class ImageLoader:
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         order = order.to(device)
         if not self.augment:
-            for chosen in order.split(self.batch_size):
+            for chosen in order[:count - self.left_out].split(self.batch_size):
                 yield self.normalise(self.images[chosen]), self.labels[chosen]
             return
         shift = torch.randint(2 * self.padding + 1, (2, count), generator=generator).to(device)
@@ -674,7 +676,7 @@ class ImageLoader:
         runs = self.images.view(-1).as_strided(
             (self.images[..., 0].numel() - self.size + 1, 3 * self.size), (3, 1))
         lines = torch.arange(self.size, device=device)
-        for chosen, (down, right) in zip(order.split(self.batch_size),
+        for chosen, (down, right) in zip(order[:count - self.left_out].split(self.batch_size),
                                          shift.split(self.batch_size, 1)):
             start = ((chosen * wide + down)[:, None] + lines) * wide + right[:, None]
             crop = runs.index_select(0, start.flatten()).view(-1, self.size, self.size, 3)

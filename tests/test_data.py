@@ -61,10 +61,25 @@ def test_an_epoch_is_a_permutation():
     images = pictures(50)
     images[..., 0] = torch.arange(50, dtype=torch.uint8)[:, None, None]     # red names the picture
     for augment in (False, True):
-        loader = loader_of(images, augment=augment)
+        loader = loader_of(images, batch_size=8, augment=augment)
         seen, _ = whole_epoch(loader)
         assert sorted(seen[:, 0].amax((1, 2)).tolist()) == list(range(50))
-        assert len(list(loader)) == len(loader) == 8
+        assert len(list(loader)) == len(loader) == 7
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_one_image_alone_is_no_batch(augment):
+    """BatchNorm cannot normalise it; another sits out each epoch. Tests measure every image."""
+    loader = loader_of(pictures(22), batch_size=7, augment=augment)
+    assert len(loader) == 3 and [len(labels) for _, labels in loader] == [7, 7, 7]
+    left = []
+    for epoch in range(8):
+        seen = whole_epoch(loader, epoch)[1]
+        left.append(int((torch.arange(22) % 10).sum() - seen.sum()))
+    assert len(set(left)) > 2
+    measured = loader_of(pictures(22), batch_size=7, augment=False, shuffle=False)
+    assert len(measured) == 4 and len(whole_epoch(measured)[1]) == 22
+    assert len(loader_of(pictures(1), batch_size=7)) == 1
 
 
 def test_batches_depend_on_seed_and_epoch_alone():
