@@ -24,11 +24,10 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench_loader import Pictures  # noqa: E402
 from common import ImageLoader, Split  # noqa: E402
 
 SCRIPTS = ["kd", "at", "atang", "fsp", "overhaul", "skd"]
@@ -37,22 +36,6 @@ CLASSES = [str(n) for n in range(10)]
 OWN = dict(temperature=4.0, kd_weight=0.9, beta=1000.0, gamma=5000.0, margin=1.35, scale=64.0,
            loss="atang", fsp_weight=1e-4, alpha=1e-3, position="pre-relu", distance="partial-l2",
            layers="all", teacher_bn="batch", fsp_lr=1e-3, fsp_epochs=1)
-
-
-class Pictures(Dataset):
-    """As the known repositories read CIFAR: an array, PIL, and transforms image by image."""
-
-    def __init__(self, images: numpy.ndarray, labels: list[int]):
-        self.images, self.labels = images, labels
-        self.transform = transforms.Compose([
-            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))])
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
 def wait(device: str) -> None:

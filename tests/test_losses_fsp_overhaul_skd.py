@@ -1,9 +1,11 @@
 """The losses of fsp.py, overhaul.py and skd.py against NumPy in float64, from the equations."""
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
+from test_losses import features, logits, numpy_softmax
 from torch import nn
 
 import common
@@ -13,17 +15,7 @@ import overhaul
 import skd
 
 TAU = 4.0
-
-
-def maps(seed: int, channels=(3, 5, 4), sizes=(6, 4, 2), batch=2) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, c, size, size, generator=generator, dtype=torch.float64)
-            for c, size in zip(channels, sizes)]
-
-
-def logits(seed: int, batch=6, classes=10) -> torch.Tensor:
-    return 3 * torch.randn(batch, classes, generator=torch.Generator().manual_seed(seed),
-                           dtype=torch.float64)
+maps = functools.partial(features, sizes=(6, 4, 2))
 
 
 # --- FSP ----------------------------------------------------------------------------------------
@@ -62,7 +54,7 @@ def test_fsp_matrix_by_number():
 
 
 def test_fsp_pools_the_larger_map_by_its_maximum():
-    first, second = maps(1, (3,), (8,))[0], maps(2, (5,), (4,))[0]
+    first, second = features(1, (3,), (8,))[0], features(2, (5,), (4,))[0]
     pooled = first.view(2, 3, 4, 2, 4, 2).amax((3, 5))
     assert torch.equal(fsp.fsp_matrix(first, second), fsp.fsp_matrix(pooled, second))
     assert torch.equal(fsp.fsp_matrix(second, first), fsp.fsp_matrix(second, pooled))
@@ -216,11 +208,6 @@ def test_similarity_is_table_7s():
 
 
 # --- SKD ----------------------------------------------------------------------------------------
-
-def numpy_softmax(z):
-    e = np.exp(z - z.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
-
 
 def numpy_spherical(z, scale, center):
     rows = []
