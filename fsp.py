@@ -17,7 +17,8 @@ matrices, with no labels; stage 2 starts from these weights and is ordinary trai
     G        fsp_matrix()      (N, m, n)          N          batch_size    128
 
 Run:
-    python fsp.py --dataset shapes                               5 + 20 epochs on 2 CPU cores
+    python fsp.py --dataset shapes                     5 + 20 epochs: 75 s on 2 CPU cores, and the
+                                                                 teacher's 3 minutes before
     T=runs/shapes/teachers/wrn16_3/seed0/last.pt                 77.7 % in 5 + 15 epochs, baseline
     python fsp.py --dataset shapes --epochs 15 --teacher-ckpt $T --out runs/fsp      73.9 (5 seeds)
     python fsp.py --teacher resnet26 --student resnet8 --fsp-weight 1        CIFAR-10, a GPU
