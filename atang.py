@@ -44,11 +44,13 @@ Departures from the papers and from the first author's code:
     the mean over its quadrants. gamma and margin of the journal's tables are not public: ATang's.
  6. On shapes every number is ours, found on its validation split.
 """
+import ctypes
 import hashlib
 import itertools
 import json
 import math
 import os
+import platform
 import sys
 import time
 import warnings
@@ -359,6 +361,10 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
     A run kept in its folder goes on after its last epoch, to the same bits; `stop` ends it early.
     """
     train_loader, test_loader = loaders
+    if args.device == "cpu" and platform.libc_ver()[0] == "glibc":
+        # keep freed memory: to return large maps and get them again page by page costs a tenth
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)        # M_MMAP_MAX, M_TRIM_THRESHOLD
     folder, settings = identify(args, method, seed)
     start_lr = settings.get("student_lr") or settings["lr"]     # some methods want their own
     optimizer = torch.optim.SGD(model.parameters(), start_lr, args.momentum,

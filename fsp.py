@@ -48,11 +48,13 @@ Departures from the paper and from known code:
  6. On shapes every number is ours. 5 + 15 epochs show the student as many images as the 20 epochs
     of the other scripts do; the teacher is theirs.
 """
+import ctypes
 import hashlib
 import itertools
 import json
 import math
 import os
+import platform
 import sys
 import time
 import warnings
@@ -335,6 +337,10 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
     A run kept in its folder goes on after its last epoch, to the same bits; `stop` ends it early.
     """
     train_loader, test_loader = loaders
+    if args.device == "cpu" and platform.libc_ver()[0] == "glibc":
+        # keep freed memory: to return large maps and get them again page by page costs a tenth
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)        # M_MMAP_MAX, M_TRIM_THRESHOLD
     folder, settings = identify(args, method, seed)
     start_lr = settings.get("student_lr") or settings["lr"]     # some methods want their own
     optimizer = torch.optim.SGD(model.parameters(), start_lr, args.momentum,
