@@ -822,7 +822,10 @@ def read_folder(data_dir: Path, image_size: int) -> tuple[dict[str, Split], list
         images = torch.empty(len(paths), image_size, image_size, 3, dtype=torch.uint8)
         for index, path in enumerate(paths):
             try:
-                picture = datasets.folder.default_loader(path)
+                with datasets.folder.Image.open(path) as file:
+                    if file.mode[0] in "IF":    # convert would make it white
+                        raise ValueError("it has more than 8 bits a channel, convert it to 8")
+                    picture = file.convert("RGB")
             except Exception as error:    # each format of image fails in its own way
                 raise ValueError(f"cannot decode {path} ({error}); repair or remove it") from None
             if picture.size != (image_size, image_size):

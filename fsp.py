@@ -220,7 +220,7 @@ def prepare(pairs: str = "", **own: dict) -> tuple[Namespace, tuple[ImageLoader,
     add("--data-dir", type=Path, default="data", help="where the data set is; default %(default)s")
     add("--recipe", choices=RECIPES, help="gives what is not given here; default: the data set's")
     add("--epochs", type=number(int, 1), help="of the teacher, of the student")
-    add("--batch-size", type=number(int, 1), help="in images")
+    add("--batch-size", type=number(int, 2), help="in images")
     add("--lr", type=number(float, 1e-9), help="learning rate at the start")
     add("--augment", action=BooleanOptionalAction, help="crop and flip")
     add("--train-images", type=number(int, 1), help="train on so many, of every class alike")
@@ -236,6 +236,7 @@ def prepare(pairs: str = "", **own: dict) -> tuple[Namespace, tuple[ImageLoader,
     add("--eval", action="store_true", help="only measure what is in --out")
     add("--dry-run", action="store_true", help="two steps of each training, nothing is kept")
     add("--summary", action="store_true", help="only print all finished runs in --out")
+    add("--bf16", action=BooleanOptionalAction, help="autocast; default: on GPUs that have it")
     add("--device", default="auto", choices=["auto", *devices], help="default: the fastest here")
     add("--out", type=Path, default="runs", help="the folder of all runs; default %(default)s")
     for name, option in own.items():
@@ -248,7 +249,8 @@ def prepare(pairs: str = "", **own: dict) -> tuple[Namespace, tuple[ImageLoader,
     # some recipes have another learning rate for some networks or students; --lr is for all
     args.lr_mobile, args.student_lr = args.lr, getattr(args, "student_lr", None) or args.lr
     args.device = devices[0] if args.device == "auto" else args.device
-    args.bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.autocast = args.bf16 if args.bf16 is not None else (
+        args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     args.data = str(args.data_dir.resolve()) if args.dataset == "folder" else args.dataset
     if (args.recipe or args.dataset) not in RECIPES:
         fail(f"no recipe for {args.dataset} here; choose one with --recipe {'|'.join(RECIPES)}")
@@ -316,6 +318,8 @@ def identify(args: Namespace, method: str, seed: int) -> tuple[Path, dict]:
         folder = f"{args.teacher}-{args.student}"
         names += [*args.own, "distill_epochs", "teacher_sha256"]
     settings = {name: getattr(args, name) for name in names}
+    if args.bf16 is not None:   # chosen by the device, it lets a GPU's run go on elsewhere
+        settings["bf16"] = args.bf16
     if network.startswith(("mobilenet", "shufflenet")):     # some recipes have another for these
         settings["lr"] = args.lr_mobile or args.lr
     return args.out / args.dataset / method / folder / f"seed{seed}", settings
@@ -325,7 +329,7 @@ def identify(args: Namespace, method: str, seed: int) -> tuple[Path, dict]:
 def evaluate(model: nn.Module, loader: ImageLoader, args: Namespace) -> float:
     """Accuracy in per cent, in eval mode."""
     model.eval()
-    with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
         right = torch.cat([model(images).argmax(1) == labels for images, labels in loader])
     return 100 * right.sum().item() / len(right)
 
@@ -352,8 +356,8 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
     if args.eval or (folder / "last.pt").exists() and not args.dry_run:
         sha256, log = log[0]["sha256"], restore(folder / "last.pt")
         kept, first = log[0]["settings"], int(method in ("teachers", "baseline"))
-        if changed := [f"{key} {kept.get(key)}, now {value}" for key, value in settings.items()
-                       if kept.get(key) != value]:
+        if changed := [f"{key} {kept.get(key)}, now {settings.get(key)}"
+                       for key in {**settings, **kept} if kept.get(key) != settings.get(key)]:
             fail(f"{folder} was made with other settings ({'; '.join(changed)}); choose another "
                  f"--out" + (method == "teachers") * f" or --teacher-ckpt {folder}/last.pt")
         if sha256[first:] != log[0]["sha256"][first:]:      # every script makes those two alike
@@ -376,7 +380,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
         batches = itertools.islice(train_loader, 2 if args.dry_run else None)
         for index, (images, labels) in enumerate(batches, 1):
             optimizer.zero_grad()
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
                 logits, terms = step(images, labels)
             sum(terms.values()).backward()
             optimizer.step()

@@ -63,7 +63,7 @@ class Contest:
             weight_decay=5e-4, milestones=[], lr_decay=0.1, augment=True, reflect=False, own=[*OWN],
             image_size=32, train_images=None, split="test", distill_epochs=None, runs=1, seed=0,
             teacher_epochs=None, teacher_sha256=None, eval=False, dry_run=False,
-            device=options.device, bf16=options.device == "cuda")})
+            device=options.device, bf16=None, autocast=options.bf16)})
         if script == "skd":
             self.args.scale = 2.0
         middle, std, device = torch.full((3,), 127.0), torch.full((3,), 64.0), options.device
@@ -121,7 +121,7 @@ class Contest:
         start = time.perf_counter()
         for _ in range(self.options.steps):
             self.optimizers[0].zero_grad()
-            with torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.bf16):
+            with torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.autocast):
                 terms = self.step(*self.batch)[1]
             sum(terms.values()).backward()
             self.optimizers[0].step()
@@ -132,7 +132,7 @@ class Contest:
         """Seconds of a step's parts; the data's are those of a whole epoch of the loader."""
         names = ["data", "teacher", "student, losses", "backward", "optimiser"]
         seconds = dict.fromkeys(names, 0.0)
-        precision = torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.bf16)
+        precision = torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.autocast)
 
         def timed(name: str, call: object) -> object:
             wait(self.options.device)
@@ -176,6 +176,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()))
     parser.add_argument("--device", default=device)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=device == "cuda",
+                        help="ours and the floor under autocast; default: on a GPU")
     options = parser.parse_args()
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; "

@@ -451,6 +451,20 @@ def test_the_other_angular_losses(loss, cli, out):
     assert rows(out / f"shapes/{loss}/wrn10_1-resnet8/seed0")[-1][loss] > 0
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bf16_is_a_setting_and_changes_little(script, cli, out):
+    flags = [*SMALL, "--epochs", "1", "--teacher-ckpt",
+             out / "shapes/teachers/wrn10_1/seed0/last.pt", *METHODS[script]]
+    assert cli(script, *flags, "--out", out).code == 0
+    assert "bf16 None, now True" in cli(script, *flags, "--bf16", "--out", out).refused()
+    assert cli(script, *flags, "--bf16", "--out", out / "bf16").code == 0
+    assert "bf16 True, now None" in cli(script, *flags, "--out", out / "bf16").refused()
+    folder = f"shapes/{script}/wrn10_1-resnet8/seed0"
+    exact, rough = rows(out / folder)[1], rows(out / "bf16" / folder)[1]
+    for term in TERMS[script]:
+        assert rough[term] != exact[term] and rough[term] == pytest.approx(exact[term], rel=0.05)
+
+
 def test_pictures_in_folders(cli, tmp_path):
     shapes = common.draw_shapes(2000, seed=3)
     for n in range(60):
@@ -532,7 +546,7 @@ REFUSED = [
     ("--teacher wrn17_3", "6n+4"), ("--student vit", "wrn16_1"), ("--student resnet9", "6n+2"),
     ("--dataset mnist", "shapes"), ("--datset shapes", "--datset"), ("--epoch 2", "--epoch"),
     ("--device tpu", "--device"), ("--device cuda", "--device"), ("--epochs 0", "--epochs"),
-    ("--epochs 1.5", "--epochs"), ("--batch-size 0", "--batch-size"), ("--runs 0", "--runs"),
+    ("--epochs 1.5", "--epochs"), ("--batch-size 1", "2 to"), ("--runs 0", "--runs"),
     ("--runs -3", "--runs"), ("--lr 0", "--lr"), ("--lr nan", "--lr"), ("--lr inf", "--lr"),
     ("--lr -0.1", "--lr"), ("--lr fast", "--lr"), ("--temperature 0", "--temperature"),
     ("--temperature nan", "--temperature"), ("--kd-weight 1.1", "--kd-weight"),

@@ -260,9 +260,8 @@ def test_cinic10_has_three_splits(folder):
 
 def test_folder_cache_is_used_and_made_anew(folder, monkeypatch):
     decoded = []
-    real = common.datasets.folder.default_loader
-    monkeypatch.setattr(common.datasets.folder, "default_loader",
-                        lambda path: decoded.append(path) or real(path))
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: decoded.append(path) or real(path))
     first, _ = load(folder)
     assert len(decoded) == 12
     again, _ = load(folder)
@@ -296,10 +295,13 @@ def test_folder_cache_that_cannot_be_kept_is_only_a_note(folder, monkeypatch, ca
     assert not list(folder.glob(".decoded*"))
 
 
-@pytest.mark.parametrize("damage", ["not a picture", "cut short"])
+@pytest.mark.parametrize("damage", ["not a picture", "cut short", "16 bits"])
 def test_a_broken_picture_is_named(folder, damage):
     path = folder / "train/cat/broken.jpg"
-    if damage == "cut short":
+    if damage == "16 bits":
+        deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+        Image.fromarray(deep).save(path, format="PNG")
+    elif damage == "cut short":
         save(path, size=(64, 64))
         path.write_bytes(path.read_bytes()[:300])
     else:

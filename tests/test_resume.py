@@ -92,10 +92,10 @@ def test_killed_at_every_such_moment(moment, cli, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_goes_on_after_its_last_epoch(script, cli, tmp_path, monkeypatch):
-    """With dropout in the student, whose random numbers must come out alike as well."""
+    """With dropout in the student, whose random numbers must come out alike; at.py in bf16."""
     flags = [*SMALL, "--train-images", "64", "--student", "mobilenetv2", "--runs", "2",
              "--teacher-ckpt", tmp_path / "teacher.pt"]
-    flags += ["--fsp-epochs", "1"] * (script == "fsp")
+    flags += ["--fsp-epochs", "1"] * (script == "fsp") + ["--bf16"] * (script == "at")
     torch.save(common.create_model("wrn10_1", 10).state_dict(), tmp_path / "teacher.pt")
     assert cli(script, *flags, "--out", tmp_path / "whole").code == 0
     for number in (3, 4):       # after the teacher: the second epoch of student 0, of student 1
