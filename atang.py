@@ -368,7 +368,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, metho
     if args.device == "cpu" and platform.libc_ver()[0] == "glibc":
         # keep freed memory: to return large maps and get them again page by page costs a tenth
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)        # M_MMAP_MAX, M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0), libc.mallopt(-1, -1)       # M_MMAP_MAX none, M_TRIM_THRESHOLD never
     folder, settings = identify(args, method, seed)
     start_lr = settings.get("student_lr") or settings["lr"]     # some methods want their own
     optimizer = torch.optim.SGD(model.parameters(), start_lr, args.momentum,

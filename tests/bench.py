@@ -192,10 +192,12 @@ def main() -> None:
         speeds = {"ours": [], "reference": [], "floor": []}
         with ProcessPoolExecutor(1, get_context("spawn"), begin,
                                  (script, of_teacher, options)) as other:
+            turns = {"ours": contest.ours, "reference": lambda: other.submit(reference).result(),
+                     "floor": contest.floor}
             for repeat in range(options.repeats + 1):
-                values = contest.ours(), other.submit(reference).result(), contest.floor()
-                if repeat:      # the first round warms up
-                    for name, value in zip(speeds, values):
+                for name in list(turns)[::1 if repeat % 2 else -1]:     # who waits starts cold
+                    value = turns[name]()
+                    if repeat:      # the first round warms up
                         speeds[name].append(value)
         middle = {key: statistics.median(values) for key, values in speeds.items()}
         cells = [f"{middle[key]:.0f} ({100 * (max(v) - min(v)) / middle[key]:.0f} %)"
