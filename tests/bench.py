@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,6 +41,19 @@ CLASSES = [str(n) for n in range(10)]
 OWN = dict(temperature=4.0, kd_weight=0.9, beta=1000.0, gamma=5000.0, margin=1.35, scale=64.0,
            loss="atang", fsp_weight=1e-4, alpha=1e-3, position="pre-relu", distance="partial-l2",
            layers="all", teacher_bn="batch", fsp_lr=1e-3, fsp_epochs=1)
+
+
+def own(script: str) -> dict:
+    return OWN | ({"scale": 2.0} if script == "skd" else {})     # SKD's and ATang's scale differ
+
+
+def connect(script: str, student: nn.Module, teacher: nn.Module, args: Namespace,
+            images: torch.Tensor) -> None:
+    """The connectors of a method that has them, without what it prints."""
+    module = importlib.import_module(script)
+    if hasattr(module, "connect"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.connect(student, teacher, args if script == "overhaul" else images)
 
 
 def wait(device: str) -> None:
@@ -57,15 +71,13 @@ class Contest:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
         labels = torch.arange(count) % 10
-        self.args = Namespace(**{**OWN, **dict(
+        self.args = Namespace(**{**own(script), **dict(
             teacher="wrn16_3", student="wrn16_1", dataset="cifar10", data="random", epochs=1,
             batch_size=options.batch, lr=1e-3, lr_mobile=None, momentum=0.9, nesterov=False,
             weight_decay=5e-4, milestones=[], lr_decay=0.1, augment=True, reflect=False, own=[*OWN],
             image_size=32, train_images=None, split="test", distill_epochs=None, runs=1, seed=0,
             teacher_epochs=None, teacher_sha256=None, eval=False, dry_run=False,
             device=options.device, bf16=None, autocast=options.bf16)})
-        if script == "skd":
-            self.args.scale = 2.0
         middle, std, device = torch.full((3,), 127.0), torch.full((3,), 64.0), options.device
         train = ImageLoader(Split(images, labels), CLASSES, middle, std, options.batch,
                             torch.device(device), shuffle=True, augment=True)
@@ -88,10 +100,7 @@ class Contest:
         if self.of_teacher:
             return teacher, module.make_step(teacher, None, args), None
         teacher.eval().requires_grad_(False)
-        if hasattr(module, "connect"):
-            with contextlib.redirect_stdout(io.StringIO()):
-                module.connect(student, teacher,
-                               args if module.__name__ == "overhaul" else self.batch[0][:2])
+        connect(module.__name__, student, teacher, args, self.batch[0][:2])
         student.to(memory_format=memory_format)
         return student, module.make_step(student, teacher, args), teacher
 
@@ -176,9 +185,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()))
     parser.add_argument("--device", default=device)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=device == "cuda",
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,
                         help="ours and the floor under autocast; default: on a GPU")
     options = parser.parse_args()
+    if options.bf16 is None:
+        options.bf16 = options.device == "cuda"
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
           f"wrn16_3 -> wrn16_1, 32x32, batch {options.batch}, {options.steps} steps, "

@@ -31,17 +31,16 @@ def gpu(monkeypatch):
 
 def first_step(script: str, of_teacher: bool, gpu: torch.device) -> tuple:
     module = importlib.import_module(script)
-    args = Namespace(**bench.OWN | dict(device="cuda", teacher="wrn16_3", student="wrn16_1"))
-    args.scale = 2.0 if script == "skd" else args.scale
+    args = Namespace(**bench.own(script), device="cuda")
     split = Split(torch.empty(64, 32, 32, 3, dtype=torch.uint8), torch.empty(64, dtype=torch.long))
     loader = ImageLoader(split, bench.CLASSES, torch.empty(3), torch.empty(3), 32, gpu,
                          shuffle=True, augment=True)
     images, labels = next(iter(loader))
     with gpu:
-        student, teacher = (module.create_model(name, 10) for name in (args.student, args.teacher))
+        student, teacher = (module.create_model(name, 10) for name in ("wrn16_1", "wrn16_3"))
         teacher.requires_grad_(of_teacher)
-        if hasattr(module, "connect") and not of_teacher:
-            module.connect(student, teacher, args if script == "overhaul" else images[:2])
+        if not of_teacher:
+            bench.connect(script, student, teacher, args, images[:2])
     step = module.make_step(*(teacher, None) if of_teacher else (student, teacher), args)
     return images, labels, *step(images, labels)
 

@@ -83,6 +83,10 @@ def records(data: str, method: str) -> list[list[dict]]:
             for path in sorted((RECORDS / data / method / network).glob("seed*.jsonl"))]
 
 
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
 @pytest.mark.parametrize("method", ["baseline", *METHODS])
 def test_the_results_table_is_that_of_the_recorded_runs(method):
     label = "| baseline" if method == "baseline" else f"| `{method}.py`: "
@@ -99,7 +103,7 @@ def test_the_results_table_is_that_of_the_recorded_runs(method):
         assert seen * (settings["train_images"] or 4000) == 80_000
         teachers.add(settings.get("teacher_sha256"))
         last, base = ([log[-1]["test"] for log in some] for some in (logs, baseline))
-        assert cells[2 * column] == f"{statistics.mean(last):.2f} ± {statistics.stdev(last):.2f}"
+        assert cells[2 * column] == spread(last)
         if method != "baseline":
             assert cells[2 * column + 1] == f"{statistics.mean(last) - statistics.mean(base):+.2f}"
     assert len(teachers) == 1
@@ -123,8 +127,7 @@ def test_the_recorded_runs_are_of_todays_recipe():
 def test_the_runs_in_bf16_are_the_recorded_ones(method):
     rough, exact = records("shapes-bf16", method), records("shapes", method)
     assert all(log[0]["settings"] == exact[0][0]["settings"] | {"bf16": True} for log in rough)
-    last = [log[-1]["test"] for log in rough]
-    assert f"{statistics.mean(last):.2f} ± {statistics.stdev(last):.2f}" in README
+    assert spread([log[-1]["test"] for log in rough]) in README
 
 
 def mean_and_deviation(paths: list) -> str:
@@ -132,8 +135,7 @@ def mean_and_deviation(paths: list) -> str:
     assert all(len(log) == log[0]["settings"]["epochs"] + 1 for log in logs)
     assert len({json.dumps(log[0]["settings"]) for log in logs}) == 1
     values = [log[-1]["test"] for log in logs]
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
+    return spread(values) if len(values) > 1 else f"{values[0]:.2f}"
 
 
 def test_the_parts_of_the_overhaul_are_those_of_the_recorded_runs():
