@@ -1,98 +1,79 @@
 """Angular margin based attention distillation (ATang), and AMD, its journal version.
 
 Jeon, Cho, Park: Deep Hypersphere Feature Embedding-based Knowledge Distillation, 2021 (ATang)
-Jeon, Choi, Shukla, Turaga: Leveraging Angular Distributions for Improved Knowledge Distillation,
-Neurocomputing 518, 2023, arxiv.org/abs/2302.14130 (AMD)
+Jeon et al.: Leveraging Angular Distributions ..., 2023, arxiv.org/abs/2302.14130 (AMD)
 
-An attention map says where the evidence is. Read as the cosine of an angle it lies on a sphere, and
-a margin on that angle, as in face recognition, drives the pixels of the object (positive) and of
-the background (negative) apart. The student learns the teacher's separated map, beside KD.
+An attention map says where the evidence is. A margin on its values, read as cosines of angles,
+drives object (positive) and background (negative) apart; the student learns the separated map.
 
     Q'_p = sum_c A_c^2 / ||sum_c A_c^2||_2, in [0, 1]     Q'_n = 1 - Q'_p      Section 3.2, 3.3
     theta_p = arccos(Q'_p)                                                     each pixel's angle
     G = log( e^(s cos(m theta_p)) / (e^(s cos(m theta_p)) + e^(s Q'_n)) )      Eq. 6
     L_A = alpha sum_j mean (G_S / ||G_S||_2 - G_T / ||G_T||_2)^2, alpha = 1 / #pairs     Eq. 7
-    L = (1 - lambda) CE(softmax(a_S), y) + lambda L_K + gamma L_A              Eq. 8
-    L_K = tau^2 KL(z_T || z_S)                                                 Eq. 3, as in kd.py
+    L = (1 - lambda) CE(softmax(z), y) + lambda L_K + gamma L_A, L_K as in kd.py         Eq. 8
 
     symbol   here              shape            symbol   here          value on CIFAR-10
     A        *_stages          (N, C, H, W)     m        margin        1.35
     Q'_p     q                 (N, H*W)         s        scale         64
-    G        angular_map()     (N, H*W)         gamma    gamma         5000 (see departure 4)
-    a_S      ours.logits       (N, K)           tau, lambda            4, 0.9
+    G        angular_map()     (N, H*W)         gamma    gamma         5000 (see departure 3)
+    z, v     the paper's logits a_S, a_T        tau, lambda            4, 0.9
 
 Run:
-    python atang.py --dataset shapes                          5 minutes on 2 CPU cores: 84.1 %,
-                                                              baseline 73.9 (5 seeds, see README)
-    python atang.py --teacher wrn16_3 --student wrn16_1       CIFAR-10, 200 epochs, a GPU
-    python atang.py --teacher wrn28_3 --student wrn16_3 --gamma 1000
+    python atang.py --dataset shapes                         5 minutes, 2 cores: 84.1 % (5 seeds)
+    python atang.py --teacher wrn16_3 --student wrn16_1      CIFAR-10, 200 epochs, a GPU
 
 Departures from the papers and from the first author's code:
  1. Eq. 7 is a squared Frobenius norm; the code, done here, takes the MEAN over batch and pixels.
     gamma = 5000 belongs to the mean: on the sum it would be 64 to 1024 times too strong.
  2. Eq. 5 and 6 write s cos(theta_n) for the negative feature: it is s (1 - Q'_p), without a margin.
     The margin is on student and teacher. s = 64 stands in the code alone.
- 3. The code exponentiates and divides, which overflows float32 from s = 89 on; the logsigmoid here
-    has the same value. Its cast of 1 - Q'_p to float32 is not repeated.
- 4. Batch size and, for CIFAR-10, weight decay are not in the paper: 128 and 1e-4, from the first
-    author's public training code. The accuracies of the paper imply training without crop and flip,
-    so that is the default; --augment turns them on. No epoch to stop the teacher early is given.
-    Section 4.2 gives gamma = 1000 to a student that its tables do not have; by Section 4.4.1 it is
-    for WRN16-3 from WRN28-3: pass --gamma 1000 there, the default is 5000 for every student.
- 5. AMD: the code averages three terms, G, positive and negative feature, each of unit norm. Its
-    local variant fails when run; amd-local follows the description: 0.8 of the whole map and 0.2 of
-    the mean over its quadrants. gamma and margin of the journal's tables are not public: ATang's.
- 6. On shapes every number is ours, found on its validation split.
+ 3. Section 4.2: gamma "is 5000 when the student is WRN16-3 and 1000 when a student is WRN28-3", who
+    is a student nowhere. Section 4.4.1: student WRN16-1 is best at 5000; student WRN16-3 from
+    WRN28-3 has 89.3 at 1000, 88.83 at 5000. So 5000 is the default, --gamma 1000 for that pair.
+ 4. Batch size, CIFAR-10's weight decay, and no crop and flip: see departure 2 in kd.py.
+ 5. AMD: the code averages three terms, G, positive and negative feature. Its local variant fails
+    when run; amd-local follows its description. We have not seen the journal's gamma and margin.
 """
-import ctypes
-import hashlib
-import itertools
-import json
 import math
-import os
-import platform
 import sys
 import time
-import warnings
-from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
-from datetime import timedelta
-from functools import partial
+from argparse import ArgumentDefaultsHelpFormatter as HelpFormatter
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Callable, NoReturn
+from typing import Callable
 
-import numpy
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
-from common import ImageLoader, create_model, load_data
+from common import (ImageLoader, UserError, add_data_flags, begin_run, check_pair, flag_options,
+                    full, has_bf16, limited, load_data, load_weights, new_model, one_line,
+                    read_log, read_run, weights_hash, write_run)
 
 # Milestones are fractions of --epochs: the schedule keeps its shape when the run gets shorter.
 JEON = dict(batch_size=128, lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4, lr_decay=0.2,
-            augment=False, reflect=False, margin=1.35, scale=64.0)
+            augment=False, reflect=False, loss="atang", margin=1.35, scale=64.0)
 RECIPES = {
-    # Jeon et al. 2021, Sections 4.1 and 4.2; see departure 4
+    # Jeon et al. 2021, Sections 4.1 and 4.2
     "cifar10": dict(JEON, epochs=200, milestones=[40 / 200, 80 / 200, 120 / 200, 160 / 200],
                     temperature=4.0, kd_weight=0.9, gamma=5000.0),
     "cinic10": dict(JEON, epochs=180, milestones=[40 / 180, 80 / 180, 120 / 180, 160 / 180],
                     temperature=16.0, kd_weight=0.6, gamma=500.0),
-    "shapes": dict(epochs=20, batch_size=32, lr=0.1, momentum=0.9, nesterov=False,
-                   weight_decay=5e-4, milestones=[0.6, 0.8, 0.95], lr_decay=0.2, augment=True,
-                   reflect=False, margin=1.35, scale=64.0,
-                   temperature=2.0, kd_weight=0.9, gamma=1000.0),
+    # ours, found on the validation split
+    "shapes": dict(JEON, epochs=20, batch_size=32, weight_decay=5e-4, milestones=[0.6, 0.8, 0.95],
+                   augment=True, temperature=2.0, kd_weight=0.9, gamma=1000.0),
 }
 RECIPES["folder"] = RECIPES["cifar10"]
-
-
-# ---------------------------------------------------------------------------------- the method
-
-# --- shared: precision ---
-def full(x: Tensor) -> Tensor:
-    """float16 and bfloat16 to float32; float32 and float64 stay what they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-# --- end shared ---
+# What argparse is told of the method's own entries.
+OWN = {"temperature": dict(type=limited(float, 0.1, 100), help="tau"),
+       "kd_weight": dict(type=limited(float, 0, 1), help="lambda, the weight of L_K"),
+       "loss": dict(choices=["atang", "amd", "amd-local"], help="L_A: Eq. 7, or the journal's"),
+       "margin": dict(type=limited(float, 0.1, 2), help="m, 1 for none; from 1 to 2 L_A falls "
+                      "sixfold, so that a sweep of m at one gamma sweeps the weight too"),
+       "scale": dict(type=limited(float, 0.01, 1e4), help="s, which Eq. 7's norm cancels where "
+                     "positive < negative, nearly everywhere: a sweep shows nothing"),
+       "gamma": dict(type=limited(float, 0, 1e9), help="weight of L_A")}
 
 
 def attention_map(feature: Tensor) -> Tensor:
@@ -104,33 +85,24 @@ def attention_map(feature: Tensor) -> Tensor:
     return q / (torch.linalg.vector_norm(q, dim=1, keepdim=True) + 1e-6)
 
 
-def angular_features(q: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 6 with its two exponents: G, s cos(m theta_p) and s Q'_n, each (N, H*W), in nats.
+def angular_map(q: Tensor, margin: float, scale: float) -> Tensor:
+    """Eq. 6: q = Q'_p, (N, H*W) in [0, 1] -> G, (N, H*W), in nats, nowhere positive.
 
-    q = Q'_p, (N, H*W) in [0, 1]. log(e^a / (e^a + e^b)) = logsigmoid(a - b) is finite for any s.
-    The clamp keeps the slope of arccos finite at q = 1; float32 still tells 1 - 1e-7 from 1.
-    cos(m theta) falls with theta up to m = 2, beyond which it folds back.
+    log(e^a / (e^a + e^b)) = logsigmoid(a - b), finite for any s; the code's quotient overflows
+    float32 from s = 89 on. The clamp keeps the slope of arccos finite at q = 1.
     """
     theta = torch.acos(q.clamp(-1 + 1e-7, 1 - 1e-7))
-    positive, negative = scale * torch.cos(margin * theta), scale * (1 - q)
-    return F.logsigmoid(positive - negative), positive, negative
-
-
-def angular_map(q: Tensor, margin: float, scale: float) -> Tensor:
-    """Eq. 6: q = Q'_p, (N, H*W) in [0, 1] -> G, (N, H*W), in nats, nowhere positive."""
-    return angular_features(q, margin, scale)[0]
+    positive = scale * torch.cos(margin * theta)
+    negative = scale * (1 - q)
+    return F.logsigmoid(positive - negative)
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """The summand of Eq. 7: two (N, H*W), of unit L2 norm each, MEAN of squares over N and H*W.
-
-    One pixel alone has a norm but no direction: its distance is 0. Unequal sizes: ValueError.
-    """
+    """The summand of Eq. 7: two (N, H*W), unit norms, MEAN of the squares; 0 for a single pixel."""
     if student.shape != teacher.shape:
-        raise ValueError(f"student and teacher maps differ in size, {tuple(student.shape)} and "
-                         f"{tuple(teacher.shape)}: choose networks with groups of equal sizes")
+        raise ValueError(f"maps of {student.shape[1]} and {teacher.shape[1]} pixels differ in size")
     if student.shape[1] == 1:
-        return 0 * student.sum()
+        return 0 * student.sum()    # a zero that keeps the graph
     return F.mse_loss(F.normalize(student, dim=1), F.normalize(teacher, dim=1))
 
 
@@ -141,33 +113,47 @@ def atang_loss(student_stages: list[Tensor], teacher_stages: list[Tensor], margi
     Lists of (N, C, H, W), one map a group; C is free, H and W agree in a pair, or else ValueError.
     MEAN over batch and pixels, mean over the pairs (alpha); the teacher gets no gradient.
     """
-    pairs = [distance(*(angular_map(attention_map(x), margin, scale) for x in (s, t.detach())))
-             for s, t in zip(student_stages, teacher_stages, strict=True)]
+    pairs = []
+    for student, teacher in zip(student_stages, teacher_stages, strict=True):
+        g_student = angular_map(attention_map(student), margin, scale)
+        g_teacher = angular_map(attention_map(teacher.detach()), margin, scale)
+        pairs.append(distance(g_student, g_teacher))
     return torch.stack(pairs).mean()
+
+
+def amd_distance(q_student: Tensor, q_teacher: Tensor, margin: float, scale: float) -> Tensor:
+    """The mean of three distances: of G, and of Eq. 6's positive and negative exponent alone."""
+    theta_s = torch.acos(q_student.clamp(-1 + 1e-7, 1 - 1e-7))
+    theta_t = torch.acos(q_teacher.clamp(-1 + 1e-7, 1 - 1e-7))
+    positive_s = scale * torch.cos(margin * theta_s)
+    positive_t = scale * torch.cos(margin * theta_t)
+    negative_s, negative_t = scale * (1 - q_student), scale * (1 - q_teacher)
+    angular = distance(F.logsigmoid(positive_s - negative_s), F.logsigmoid(positive_t - negative_t))
+    return (angular + distance(positive_s, positive_t) + distance(negative_s, negative_t)) / 3
+
+
+def quadrants(q: Tensor, height: int, width: int) -> list[Tensor]:
+    """(N, H*W), cut at H // 2 and W // 2 -> four of (N, pixels)."""
+    halves = q.view(-1, height, width).tensor_split([height // 2], dim=1)
+    return [x.flatten(1) for half in halves for x in half.tensor_split([width // 2], dim=2)]
 
 
 def amd_loss(student_stages: list[Tensor], teacher_stages: list[Tensor], margin: float = 1.35,
              scale: float = 64.0, local: bool = False) -> Tensor:
-    """AMD (departure 5): as atang_loss, but a pair's distance is the mean over three features.
+    """AMD (departure 5): as atang_loss, but a pair's distance is amd_distance.
 
-    local: each map, normalised as a whole, is also cut at H // 2 and W // 2; the distance is then
-    0.8 of the whole map's and 0.2 of the mean over the quadrants. A map of 1x1 stays whole.
+    local: 0.8 of that, and 0.2 of its mean over the quadrants of maps larger than 1x1.
     """
-    def three_terms(q_student: Tensor, q_teacher: Tensor) -> Tensor:
-        features = (angular_features(q, margin, scale) for q in (q_student, q_teacher))
-        return sum(distance(s, t) for s, t in zip(*features)) / 3
-
-    def quadrants(q: Tensor, height: int, width: int) -> list[Tensor]:
-        halves = q.view(-1, height, width).tensor_split([height // 2], 1)
-        return [x.flatten(1) for half in halves for x in half.tensor_split([width // 2], 2)]
-
     pairs = []
     for student, teacher in zip(student_stages, teacher_stages, strict=True):
-        q = attention_map(student), attention_map(teacher.detach())
-        pairs.append(three_terms(*q))
+        q_student, q_teacher = attention_map(student), attention_map(teacher.detach())
+        pair = whole = amd_distance(q_student, q_teacher, margin, scale)
         if local and min(student.shape[-2:]) > 1:
-            patches = zip(*(quadrants(x, *student.shape[-2:]) for x in q))
-            pairs[-1] = 0.8 * pairs[-1] + 0.2 * sum(three_terms(*patch) for patch in patches) / 4
+            size, patches = student.shape[-2:], []
+            for q_s, q_t in zip(quadrants(q_student, *size), quadrants(q_teacher, *size)):
+                patches.append(amd_distance(q_s, q_t, margin, scale))
+            pair = 0.8 * whole + 0.2 * sum(patches) / 4
+        pairs.append(pair)
     return torch.stack(pairs).mean()
 
 
@@ -185,170 +171,65 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 
 
 def make_step(student: nn.Module, teacher: nn.Module | None, args: Namespace) -> Callable:
-    """A step's logits and the weighted terms of Eq. 8, or without a teacher cross-entropy alone."""
-    feature_loss = {"atang": atang_loss, "amd": amd_loss,
-                    "amd-local": partial(amd_loss, local=True)}[args.loss]
-
+    """step(images, labels) -> logits, weighted terms of Eq. 8; without a teacher, of CE alone."""
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         ours = student(images, taps=True)
-        ce = F.cross_entropy(full(ours.logits), labels)
+        z = ours.logits
+        ce = F.cross_entropy(full(z), labels)
         if teacher is None:
-            return ours.logits, {"ce": ce}
+            return z, {"ce": ce}
         with torch.no_grad():
             theirs = teacher(images, taps=True)
-        kd = kd_loss(ours.logits, theirs.logits, args.temperature)
-        angular = feature_loss(ours.stages, theirs.stages, args.margin, args.scale)
-        return ours.logits, {"ce": (1 - args.kd_weight) * ce, "kd": args.kd_weight * kd,
-                             args.loss: args.gamma * angular}
+        v = theirs.logits
+        kd = kd_loss(z, v, args.temperature)
+        maps = ours.stages, theirs.stages
+        if args.loss == "atang":
+            angular = atang_loss(*maps, args.margin, args.scale)
+        else:
+            angular = amd_loss(*maps, args.margin, args.scale, local=args.loss == "amd-local")
+        return z, {"ce": (1 - args.kd_weight) * ce, "kd": args.kd_weight * kd,
+                   args.loss: args.gamma * angular}
     return step
 
 
-# ------------------------------------------------- the experiment, the same text in every script
-
 # --- shared: command line ---
-def fail(message: object) -> NoReturn:
-    """End with one line that says what is wrong and what to do, and exit code 2."""
-    print("error:", *str(message).split(), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def number(kind: type, low: float, high: float = 1e9) -> Callable:
-    """An argparse type: an int or a float from low to high, so neither nan nor inf."""
-    def number(text: str) -> float:
-        if not low <= kind(text) <= high:
-            raise ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return kind(text)
-    return number
-
-
-def prepare(pairs: str = "", **own: dict) -> tuple[Namespace, tuple[ImageLoader, ImageLoader]]:
-    """The command line, completed from the recipe, and the loaders; `own`: the method's flags.
-
-    pairs: what of the groups of teacher and student must agree, their "count", or "sizes" as well.
-    """
-    devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
-    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                            epilog="The recipes' sources stand beside them in the file.")
-    parser.error = fail
-
-    def add(flag: str, help: str, **option: object) -> None:
-        key = flag[2:].replace("-", "_")
-        values = [f"{name} {recipe[key]:g}" for name, recipe in RECIPES.items() if key in recipe]
-        parser.add_argument(flag, help=help + "; recipes: " * bool(values) + ", ".join(values),
-                            **option)
-
-    add("--teacher", default="wrn16_3", help="network; default %(default)s")
-    add("--student", default="wrn16_1", help="network; default %(default)s")
-    add("--dataset", default="cifar10", choices="cifar10 cifar100 cinic10 folder shapes".split(),
-        help="cinic10 and folder are folders of images, shapes is drawn; default %(default)s")
-    add("--data-dir", type=Path, default="data", help="where the data set is; default %(default)s")
-    add("--recipe", choices=RECIPES, help="gives what is not given here; default: the data set's")
-    add("--epochs", type=number(int, 1), help="of the teacher, of the student")
-    add("--batch-size", type=number(int, 2), help="in images")
-    add("--lr", type=number(float, 1e-9), help="learning rate at the start")
-    add("--augment", action=BooleanOptionalAction, help="crop and flip")
-    add("--train-images", type=number(int, 1), help="train on so many, of every class alike")
-    add("--image-size", type=number(int, 8, 1024), default=32, help="of folders; default 32")
-    add("--split", default="test", choices=["test", "val"], help="val is for tuning; default test")
-    add("--seed", type=number(int, 0), default=0, help="of the first student; default 0")
-    add("--runs", type=number(int, 1), default=1, help="number of students, seed after seed")
-    add("--teacher-seed", type=number(int, 0), default=0, help="default 0, for all students")
-    add("--teacher-ckpt", type=Path, help="default: the teacher in --out, trained when absent")
-    add("--teacher-epochs", type=number(int, 1), help="stop the teacher's schedule early")
-    add("--distill-epochs", type=number(int, 1), help="then go on with cross-entropy alone")
+def prepare(alike: str = "") -> tuple[Namespace, tuple[ImageLoader, ImageLoader]]:
+    """The command line, and the loaders; `alike`: what check_pair wants of the two networks."""
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, add_help=False,
+                            formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--teacher", default="wrn16_3", help="network")
+    add("--student", default="wrn16_1", help="network")
+    add_data_flags(parser)
+    add("--recipe", choices=RECIPES, help="gives the defaults below; None: the data set's")
     add("--baseline", action="store_true", help="train the student with cross-entropy alone")
-    add("--eval", action="store_true", help="only measure what is in --out")
+    add("--teacher-ckpt", type=Path, help="None: the teacher's baseline run in --out")
+    add("--teacher-epochs", type=limited(int, 1, 1e5), help="stop the teacher's schedule early")
+    add("--distill-epochs", type=limited(int, 1, 1e5), help="then cross-entropy alone")
+    add("--seed", type=limited(int, 0, 1e9), default=0, help="of the first student")
+    add("--runs", type=limited(int, 1, 1e3), default=1, help="students, seed after seed")
     add("--dry-run", action="store_true", help="two steps of each training, nothing is kept")
-    add("--summary", action="store_true", help="only print all finished runs in --out")
-    add("--bf16", action=BooleanOptionalAction, help="autocast; default: on GPUs that have it")
-    add("--device", default="auto", choices=["auto", *devices], help="default: the fastest here")
-    add("--out", type=Path, default="runs", help="the folder of all runs; default %(default)s")
-    for name, option in own.items():
-        add("--" + name.replace("_", "-"), **option)
+    add("--bf16", action=BooleanOptionalAction, help="autocast; None: on GPUs that have it")
+    add("--out", type=Path, default="runs", help="the folder of all runs")
+    known, _ = parser.parse_known_args()
+    name = known.recipe or known.dataset
+    if name not in RECIPES:
+        parser.error(f"no recipe for {name} here: choose --recipe {' or '.join(RECIPES)}")
+    for key, value in RECIPES[name].items():
+        add("--" + key.replace("_", "-"), default=value, **OWN.get(key, flag_options(key, value)))
+    add("-h", "--help", action="help", help="show this")
     args = parser.parse_args()
-    if args.summary:
-        summary(args.out)
-        sys.exit()
-    args.own, args.teacher_sha256 = list(own), None
-    # some recipes have another learning rate for some networks or students; --lr is for all
-    args.lr_mobile, args.student_lr = args.lr, getattr(args, "student_lr", None) or args.lr
-    args.device = devices[0] if args.device == "auto" else args.device
-    args.autocast = args.bf16 if args.bf16 is not None else (
-        args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
-    args.data = str(args.data_dir.resolve()) if args.dataset == "folder" else args.dataset
-    if (args.recipe or args.dataset) not in RECIPES:
-        fail(f"no recipe for {args.dataset} here; choose one with --recipe {'|'.join(RECIPES)}")
-    for key, value in RECIPES[args.recipe or args.dataset].items():
-        setattr(args, key, value if getattr(args, key, None) is None else getattr(args, key))
     if max(args.teacher_epochs or 1, args.distill_epochs or 1) > args.epochs:
-        fail(f"--teacher-epochs and --distill-epochs cannot exceed the {args.epochs} epochs")
+        parser.error(f"--teacher-epochs and --distill-epochs: at most the {args.epochs} epochs")
+    args.autocast = has_bf16(args.device) if args.bf16 is None else args.bf16
+    check_pair(args.teacher, args.student, args.image_size, "" if args.baseline else alike)
     names = ("augment", "seed", "reflect", "image_size", "train_images", "split")
-    try:
-        with torch.device("meta"), torch.no_grad():     # wrong names show before the data is read
-            image = torch.empty(1, 3, *2 * [16 if args.dataset == "shapes" else args.image_size])
-            maps = [create_model(name, 2).eval()(image, taps=True).stages
-                    for name in (args.teacher, args.student)]
-        for group, (theirs, ours) in enumerate(itertools.zip_longest(*maps), 1):
-            shapes = ["no map" if x is None else "x".join(map(str, x.shape[1:]))
-                      for x in (theirs, ours)]
-            if pairs and not args.baseline and (
-                    "no map" in shapes or pairs == "sizes" and theirs.shape[2:] != ours.shape[2:]):
-                fail(f"group {group} of {args.teacher} ends in {shapes[0]}, of {args.student} in "
-                     f"{shapes[1]} (channels x height x width): these cannot be matched; "
-                     f"wrn16_3 and wrn16_1, or resnet56 and resnet20, can")
-        return args, load_data(args.dataset, args.data_dir, args.batch_size,
-                               torch.device(args.device), **{n: getattr(args, n) for n in names})
-    except (OSError, ValueError) as error:
-        fail(error)
+    return args, load_data(args.dataset, args.data_dir, args.batch_size, args.device,
+                           **{name: getattr(args, name) for name in names})
 # --- end shared ---
 
 
 # --- shared: training ---
-def new_model(name: str, args: Namespace, loaders: tuple, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    model = create_model(name, loaders[0].num_classes)
-    return model.to(args.device, memory_format=torch.channels_last)
-
-
-def restore(path: Path, model: nn.Module | None = None,
-            optimizer: torch.optim.Optimizer | None = None) -> list:
-    """Return a run's log, or load weights, or both and momenta; nothing in it is executed."""
-    try:
-        with warnings.catch_warnings():     # the error below says all in one line
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if model is None:
-            return state["log"]
-        weights = state.get("model", state)
-        if optimizer:
-            optimizer.load_state_dict(state["optimizer"])
-        else:       # another method's connectors are no part of the network
-            weights = {k: v for k, v in weights.items() if not k.startswith("connectors.")}
-        model.load_state_dict(weights)
-        return []
-    except Exception as error:
-        fail(f"{path} is missing, damaged or of another network or number of classes; name another "
-             f"or train it anew ({str(error).split('. ')[0][:200]})")
-
-
-def identify(args: Namespace, method: str, seed: int) -> tuple[Path, dict]:
-    """A run's folder, and all else that decides how its network comes out."""
-    names = [key for key in RECIPES["folder"] if key not in args.own]
-    names += ["data", "train_images", "image_size", "split"]
-    network = folder = args.teacher if method == "teachers" else args.student
-    if method == "teachers":
-        names += ["teacher_epochs"]
-    elif method != "baseline":
-        folder = f"{args.teacher}-{args.student}"
-        names += [*args.own, "distill_epochs", "teacher_sha256"]
-    settings = {name: getattr(args, name) for name in names}
-    if args.bf16 is not None:   # chosen by the device, it lets a GPU's run go on elsewhere
-        settings["bf16"] = args.bf16
-    if network.startswith(("mobilenet", "shufflenet")):     # some recipes have another for these
-        settings["lr"] = args.lr_mobile or args.lr
-    return args.out / args.dataset / method / folder / f"seed{seed}", settings
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: ImageLoader, args: Namespace) -> float:
     """Accuracy in per cent, in eval mode."""
@@ -358,199 +239,123 @@ def evaluate(model: nn.Module, loader: ImageLoader, args: Namespace) -> float:
     return 100 * right.sum().item() / len(right)
 
 
-def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, method: str, seed: int,
-        stop: int | None = None) -> None:
-    """Train `model` by SGD on the sum of the terms that step(images, labels) returns.
+def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, run: str, seed: int,
+        stop: int | None = None) -> list[dict]:
+    """Train `model` by SGD on the sum of the terms of step(images, labels); return the run's log.
 
     A run kept in its folder goes on after its last epoch, to the same bits; `stop` ends it early.
     """
     train_loader, test_loader = loaders
-    if args.device == "cpu" and platform.libc_ver()[0] == "glibc":
-        # keep freed memory: to return large maps and get them again page by page costs a tenth
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0), libc.mallopt(-1, -1)       # M_MMAP_MAX none, M_TRIM_THRESHOLD never
-    folder, settings = identify(args, method, seed)
-    start_lr = settings.get("student_lr") or settings["lr"]     # some methods want their own
-    optimizer = torch.optim.SGD(model.parameters(), start_lr, args.momentum,
-                                weight_decay=args.weight_decay, nesterov=args.nesterov)
-    sources = [Path(__file__), Path(__file__).with_name("common.py")]
-    log = [{"settings": settings, "arguments": {k: str(v) for k, v in vars(args).items()},
-            "versions": [sys.version, *(str(m.__version__) for m in (torch, torchvision, numpy))],
-            "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]}]
-    if args.eval or (folder / "last.pt").exists() and not args.dry_run:
-        sha256, log = log[0]["sha256"], restore(folder / "last.pt")
-        kept, first = log[0]["settings"], int(method in ("teachers", "baseline"))
-        if changed := [f"{key} {kept.get(key)}, now {settings.get(key)}"
-                       for key in {**settings, **kept} if kept.get(key) != settings.get(key)]:
-            fail(f"{folder} was made with other settings ({'; '.join(changed)}); choose another "
-                 f"--out" + (method == "teachers") * f" or --teacher-ckpt {folder}/last.pt")
-        if sha256[first:] != log[0]["sha256"][first:]:      # every script makes those two alike
-            print(f"note: {folder} was begun by other code; choose another --out to run today's")
-        restore(folder / "last.pt", model, optimizer)
-    if args.eval:
-        print(f"{folder}: {args.split} accuracy {evaluate(model, test_loader, args):.2f} %")
+    decisive = ["autocast", *(key for key in RECIPES["folder"] if key not in OWN)]
+    if not run.startswith("baseline/"):
+        decisive += [*OWN, "distill_epochs", "teacher_hash"]
+    settings = train_loader.settings | {key: getattr(args, key) for key in decisive}
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum,
+                                weight_decay=args.weight_decay,
+                                nesterov=args.nesterov and args.momentum > 0)
+    log = [dict(settings=settings, command=sys.argv, versions=f"{torch.__version__} {args.device}")]
+    folder = args.out / args.dataset / run / f"seed{seed}"
+    if (folder / "last.pt").exists() and not args.dry_run:
+        state = read_run(folder, settings, model)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        log = state["log"]
     elif not args.dry_run:
-        folder.mkdir(parents=True, exist_ok=True)
-    stop = 0 if args.eval else 1 if args.dry_run else stop or args.epochs
-    host = torch.zeros(16, pin_memory=args.device == "cuda")
-    for epoch in range(len(log), stop + 1):
+        begin_run(folder, Path(__file__))
+    steps = min(2, len(train_loader)) if args.dry_run else len(train_loader)
+    last = 1 if args.dry_run else stop or args.epochs
+    for epoch in range(len(log), last + 1):     # the log's first entry is its header
         torch.manual_seed(seed * 1_000_003 + epoch)     # for dropout: no state to keep
-        train_loader.seed = seed
-        train_loader.set_epoch(epoch)
+        train_loader.set_epoch(epoch, seed)
         drops = sum(epoch > max(1, round(part * args.epochs)) for part in args.milestones)
-        optimizer.param_groups[0]["lr"] = lr = start_lr * args.lr_decay ** drops
+        optimizer.param_groups[0]["lr"] = lr = args.lr * args.lr_decay ** drops
         model.train()
         sums, seen, start = 0, 0, time.perf_counter()
-        batches = itertools.islice(train_loader, 2 if args.dry_run else None)
-        for index, (images, labels) in enumerate(batches, 1):
+        for index, (images, labels) in zip(range(1, steps + 1), train_loader):
             optimizer.zero_grad()
             with torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
                 logits, terms = step(images, labels)
             sum(terms.values()).backward()
             optimizer.step()
             values = torch.stack([*terms.values(), (logits.argmax(1) == labels).float().mean()])
-            sums, seen = sums + len(labels) * values.detach(), seen + len(labels)
-            # nothing waits for this copy: on a GPU what is read of it lags some steps behind
-            if not host[:len(values)].copy_(sums, non_blocking=True).isfinite().all():
-                break
-            if sys.stdout.isatty():
-                print(f"epoch {epoch}: step {index}/{len(train_loader)}", end="\r", flush=True)
-        *means, train = (sums / seen).tolist()
-        if not math.isfinite(sum(means)):
-            fail(f"epoch {epoch}, step {index}: the loss is not finite ("
-                 + ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
-                 + "); try a smaller --lr or loss weight, and another --out")
+            sums = sums + len(labels) * values.detach()
+            seen += len(labels)
+            if index % 50 == 1 or index == steps:       # only here the host waits for the device
+                *means, train = (sums / seen).tolist()
+                line = ", ".join(f"{name} {value:.4g}" for name, value in zip(terms, means))
+                if not math.isfinite(sum(means)):
+                    raise UserError(f"epoch {epoch}, step {index}: the loss is not finite ({line}):"
+                                    f" try a smaller --lr or loss weight, and another --out")
+                if sys.stdout.isatty():
+                    print(f"epoch {epoch}, step {index}/{steps}: {line}  ", end="\r", flush=True)
         speed = seen / (time.perf_counter() - start)
         log.append({"epoch": epoch, **dict(zip(terms, means)), "lr": lr, "train": 100 * train,
                     "test": evaluate(model, test_loader, args), "images/s": speed,
                     "seconds": time.perf_counter() - start})
-        left = timedelta(seconds=round((stop - epoch) * log[-1]["seconds"]))
-        print("  ".join(f"{key} {value:<6.5g}" for key, value in log[-1].items()), f" left {left}",
-              flush=True)
-        if args.dry_run:
-            return
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
-        best = log[-1] is max(log[1:], key=lambda row: row["test"])
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-        for name in ["best.pt"] * best + ["last.pt"]:     # last.pt last: a kill repeats the epoch
-            with open(folder / f"{name}.{os.getpid()}", "wb") as file:
-                torch.save(state, file)
-            os.replace(file.name, folder / name)
+        print("  ".join(f"{key} {value:<6.5g}" for key, value in log[-1].items()), flush=True)
+        if not args.dry_run:
+            write_run(folder, {"model": model.state_dict(), "log": log,
+                               "optimizer": optimizer.state_dict()})
+    return log
 # --- end shared ---
 
 
 # --- shared: teacher and results ---
 def get_teacher(args: Namespace, loaders: tuple) -> nn.Module:
-    """The frozen teacher: from --teacher-ckpt, from --out, or trained now and kept there."""
-    teacher = new_model(args.teacher, args, loaders, args.teacher_seed)
+    """The frozen teacher: --teacher-ckpt, or the baseline of its network, trained where absent."""
+    teacher = new_model(args.teacher, loaders[0], seed=0)
     if args.teacher_ckpt:
-        restore(args.teacher_ckpt, teacher)
+        load_weights(teacher, args.teacher_ckpt)
     else:
-        fit(teacher, make_step(teacher, None, args), loaders, args, "teachers", args.teacher_seed,
-            args.teacher_epochs)
-    weights = b"".join(value.cpu().numpy().tobytes() for value in teacher.state_dict().values())
-    args.teacher_sha256 = hashlib.sha256(weights).hexdigest()
-    args.teacher_accuracy = evaluate(teacher.requires_grad_(False), loaders[1], args)
-    print(f"teacher {args.teacher}, {args.split} accuracy: {args.teacher_accuracy:.2f} %")
+        early = f"-{args.teacher_epochs}" if args.teacher_epochs else ""
+        fit(teacher, make_step(teacher, None, args), loaders, args,
+            f"baseline/{args.teacher}{early}", seed=0, stop=args.teacher_epochs)
+    args.teacher_hash = weights_hash(teacher.eval().requires_grad_(False))
+    args.teacher_accuracy = evaluate(teacher, loaders[1], args)
+    print(f"teacher {args.teacher}: {args.split} accuracy {args.teacher_accuracy:.2f} %")
     return teacher
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
-
-
-def report(args: Namespace, method: str) -> None:
-    """The accuracy of the last epoch is the result; the best epoch's only stands beside it."""
-    results = {}
-    print(f"\n{args.split + ' accuracy, %':24}{'last epoch':16}{'best epoch':16}{'minutes':9}files")
-    for name in dict.fromkeys(["baseline", method]):
-        logs = []
-        for seed in range(args.seed, args.seed + args.runs):
-            folder, settings = identify(args, name, seed)
-            try:
-                header, *log = torch.load(folder / "last.pt", "cpu", weights_only=True)["log"]
-            except Exception:    # absent or damaged
-                continue
-            logs += [log] if header["settings"] == settings and len(log) == args.epochs else []
-        if len(logs) == args.runs:
-            results[name] = [log[-1]["test"] for log in logs]
-            best = spread([max(row["test"] for row in log) for log in logs])
-            minutes = sum(row["seconds"] for log in logs for row in log) / 60
-            print(f"{name:10}{args.student:13} {spread(results[name]):16}{best:16}{minutes:<9.1f}"
-                  f"{folder.parent}")
-    if method != "baseline":
-        gain = (f"{mean(results[method]) - mean(results['baseline']):+.2f}" if len(results) == 2
-                else "not known yet: run the same command with --baseline")
-        print(f"teacher   {args.teacher:13} {args.teacher_accuracy:.2f}")
-        print(f"gain over baseline      {gain}")
-
-
-def summary(out: Path) -> None:
-    """All finished runs below `out`: mean and deviation over the seeds of equal settings."""
-    runs = {}
-    for path in sorted(out.rglob("seed*/log.jsonl")):
-        try:
-            header, *log = map(json.loads, path.read_text().splitlines())
-            *folder, data, method, networks, _, _ = path.relative_to(out).parts
-        except ValueError:      # cut short, or not below the runs' folder
-            continue
-        settings = header["settings"]
-        done = len(log) == (settings.get("teacher_epochs") or settings["epochs"])
-        if done and method != "stage1":
-            key = ("/".join(folder), data, method, networks, json.dumps(settings, sort_keys=True))
-            runs.setdefault(key, []).append(log[-1])
-    if not runs:
-        fail(f"{out} holds no finished run; name the folder of the runs with --out")
-    gaps = sorted({name for ends in runs.values() for name in ends[0] if name.endswith(" gap")})
-    titles = ["folder", "data", "method", "networks", "accuracy, %", "seeds", "gain", *gaps]
-    table = [titles]
-    for (folder, data, method, networks, text), ends in runs.items():
-        settings, accuracy = json.loads(text), [end["test"] for end in ends]
-        base = [[end["test"] for end in ends] for (_, *names, other), ends in runs.items()
-                if names == [data, "baseline", networks.split("-")[-1]]
-                and json.loads(other).items() <= settings.items()]
-        gain = f"{mean(accuracy) - mean(base[0]):+.2f}" if base and "-" in networks else ""
-        values = [spread([end[name] for end in ends], 3) if name in ends[0] else ""
-                  for name in gaps]
-        table.append([folder, data, method, networks, spread(accuracy), str(len(ends)), gain,
-                      *values])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
+def report(args: Namespace, run: str, logs: list[list[dict]]) -> None:
+    """The last lines; the gain where the baseline's runs of the same settings are finished."""
+    tests, gains = [log[-1]["test"] for log in logs], []
+    for seed, log in enumerate(logs, args.seed):
+        base = read_log(args.out / args.dataset / f"baseline/{args.student}/seed{seed}")
+        if len(base) == len(log) and base[0]["settings"].items() <= log[0]["settings"].items():
+            gains.append(log[-1]["test"] - base[-1]["test"])
+    deviation = f" ± {stdev(tests):.2f}" if len(tests) > 1 else ""
+    print(f"{run}: {args.split} accuracy {mean(tests):.2f}{deviation} %, "
+          f"files in {args.out / args.dataset / run}")
+    if not args.baseline:
+        gain = f"{mean(gains):+.2f}" if len(gains) == len(logs) else "known after --baseline"
+        print(f"teacher {args.teacher} {args.teacher_accuracy:.2f} %; gain on the baseline: {gain}")
 # --- end shared ---
 
 
 def main() -> None:
-    args, loaders = prepare(
-        "sizes",
-        loss=dict(default="atang", choices=["atang", "amd", "amd-local"], help="default atang"),
-        margin=dict(type=number(float, 0.1, 2), help="m, 1 for none"),
-        scale=dict(type=number(float, 0.01, 1e4), help="s"),
-        gamma=dict(type=number(float, 0), help="weight of L_A"),
-        temperature=dict(type=number(float, 0.1, 100), help="tau"),
-        kd_weight=dict(type=number(float, 0, 1), help="lambda, 0 for no KD"))
-    method = "baseline" if args.baseline else args.loss
+    args, loaders = prepare("sizes")
+    method = f"{args.loss}/{args.teacher}-{args.student}"
+    run = f"baseline/{args.student}" if args.baseline else method
     teacher = None if args.baseline else get_teacher(args, loaders)
+    logs = []
     for seed in range(args.seed, args.seed + args.runs):
-        student = new_model(args.student, args, loaders, seed)
+        student = new_model(args.student, loaders[0], seed)
         step = make_step(student, teacher, args)
-        fit(student, step, loaders, args, method, seed, args.distill_epochs)
-        if args.distill_epochs and not args.eval:
-            fit(student, make_step(student, None, args), loaders, args, method, seed)
-    if not (args.dry_run or args.eval):
-        report(args, method)
+        if args.distill_epochs:
+            fit(student, step, loaders, args, run, seed, args.distill_epochs)
+            step = make_step(student, None, args)
+        logs.append(fit(student, step, loaders, args, run, seed))
+    if not args.dry_run:
+        report(args, run, logs)
 
 
 # --- shared: entry ---
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:
-        fail(error)
-    except BaseException as error:      # Ctrl-C within torch.save comes out as an error of its own
-        if KeyboardInterrupt not in (type(error), type(error.__context__)):
-            raise
-        print("\nstopped; every finished epoch is kept, and the same command goes on from there")
+    except Exception as error:
+        sys.exit(one_line(error))
+    except KeyboardInterrupt:
+        print("\nstopped: every finished epoch is kept, and the same command goes on from there")
         sys.exit(130)
 # --- end shared ---

@@ -1,4 +1,4 @@
-"""Networks and data sets for the method scripts. Nothing in this file trains.
+"""Networks and data sets for the method scripts, their files and flags. Nothing here trains.
 
     model = create_model("wrn16_1", num_classes=10)
     logits = model(images)                     # (N, 3, H, W) normalised -> (N, num_classes)
@@ -8,11 +8,19 @@
 
 `python common.py` prints every network's size and maps, and the pairs of the papers' tables.
 """
+import ctypes
 import hashlib
+import io
+import itertools
+import json
 import math
 import os
+import platform
 import re
+import shutil
 import sys
+import warnings
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -22,6 +30,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, resize
+
+
+class UserError(ValueError):
+    """What the person at the keyboard can mend; a script prints its message as one line."""
+
+
+def one_line(error: Exception) -> str:
+    """What a user can mend, in one line; any other error is raised again, traceback and all."""
+    if "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
+        return "error: out of memory: choose a smaller --batch-size, --image-size or network"
+    if isinstance(error, UserError | OSError):
+        return " ".join(f"error: {error}".split())
+    raise error
+
+
+def full(x: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32; float32 and float64 stay what they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 
 # ================================================================================================
 # Networks
@@ -39,14 +66,68 @@ class Taps(NamedTuple):
     pre_relu: list[Tensor]   # what enters the first ReLU after each group
 
 
-def initialise(model: nn.Module) -> None:
+class Network(nn.Module):
+    """Stem, groups of blocks, head, classifier: the one forward pass of all families.
+
+    A block returns three maps: its output, the first map inside it, and the one it shows of those
+    that enter a ReLU. Blocks of a network without a head end in a ReLU and show what enters it.
+    With a head the first ReLU after a group is in the next block, or in the head, and shown there.
+    """
+
+    def __init__(self, stem: nn.Module, groups: nn.ModuleList, head: nn.Module | None,
+                 stage_channels: list[int], pre_relu_norms: list[nn.BatchNorm2d],
+                 num_classes: int, activation: Callable = F.relu, dropout: float = 0.0,
+                 last_stage_is_head: bool = False):
+        super().__init__()
+        self.stem, self.groups, self.head = stem, groups, head
+        self.stage_channels = stage_channels
+        self.pre_relu_norms = pre_relu_norms        # which put out the maps of Taps.pre_relu
+        self.pre_relu_channels = [norm.num_features for norm in pre_relu_norms]
+        self.activation, self.last_stage_is_head = activation, last_stage_is_head
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(self.pre_relu_channels[-1], num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
+        entries, stages, first_shown, last_shown = [], [], [], []
+        x = self.stem(x)
+        for group in self.groups:
+            for index, block in enumerate(group):
+                x, inner, shown = block(x)
+                if index == 0:
+                    # a group of one block has no other first map than the one inside it
+                    entries.append(x if len(group) > 1 else inner)
+                    first_shown.append(shown)
+            stages.append(x)
+            last_shown.append(shown)
+        pre_relu = last_shown
+        if self.head is not None:
+            normed = self.head(x)
+            x = self.activation(normed)
+            pre_relu = [*first_shown[1:], normed]
+            if self.last_stage_is_head:
+                stages[-1] = x
+        logits = self.classifier(self.dropout(x.mean((2, 3))))
+        return Taps(logits, entries, stages, pre_relu) if taps else logits
+
+
+def initialise(network: nn.Module) -> None:
     """He initialisation, fan-out: N(0, sqrt(2 / (k * k * channels_out))); BatchNorm 1 and 0."""
-    for module in model.modules():
+    for module in network.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.weight[0, 0].numel() * module.out_channels
             nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def group_of(block: Callable, count: int, channels_in: int, channels_out: int,
+             stride: int) -> nn.ModuleList:
+    """`count` blocks, of which the first changes the width and the size."""
+    group = nn.ModuleList([block(channels_in, channels_out, stride)])
+    for _ in range(count - 1):
+        group.append(block(channels_out, channels_out, 1))
+    return group
 
 
 class PreActivationBlock(nn.Module):
@@ -64,49 +145,30 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         normed = self.norm1(x)
         active = F.relu(normed)
-        middle = F.relu(self.norm2(self.conv1(active)))
+        inner = F.relu(self.norm2(self.conv1(active)))
         residual = x if self.shortcut is None else self.shortcut(active)
-        return residual + self.conv2(middle), middle, normed
+        return residual + self.conv2(inner), inner, normed
 
 
-class WideResNet(nn.Module):
+def wide_resnet(depth: int, width: int, num_classes: int) -> Network:
     """WRN-depth-width (Zagoruyko and Komodakis 2016), depth = 6n + 4, no dropout."""
+    channels = [16, 16 * width, 32 * width, 64 * width]
+    stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+    groups = nn.ModuleList()
+    for number, stride in enumerate((1, 2, 2)):
+        groups.append(group_of(PreActivationBlock, (depth - 4) // 6, channels[number],
+                               channels[number + 1], stride))
+    head = nn.BatchNorm2d(channels[-1])
+    norms = [groups[1][0].norm1, groups[2][0].norm1, head]
+    return Network(stem, groups, head, channels[1:], norms, num_classes)
 
-    def __init__(self, depth: int, width: int, num_classes: int):
-        super().__init__()
-        self.stage_channels = [16 * width, 32 * width, 64 * width]
-        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.groups = nn.ModuleList()
-        channels = 16
-        for stride, channels_out in zip((1, 2, 2), self.stage_channels):
-            blocks = nn.ModuleList()
-            for index in range((depth - 4) // 6):
-                blocks.append(PreActivationBlock(channels, channels_out, 1 if index else stride))
-                channels = channels_out
-            self.groups.append(blocks)
-        self.norm = nn.BatchNorm2d(channels)
-        self.classifier = nn.Linear(channels, num_classes)
-        initialise(self)
 
-    @property
-    def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
-        return [self.groups[1][0].norm1, self.groups[2][0].norm1, self.norm]
-
-    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
-        entries, stages, pre_relu = [], [], []
-        x = self.conv(x)
-        for group in self.groups:
-            for index, block in enumerate(group):
-                x, middle, normed = block(x)
-                if index == 0:
-                    # a group of one block has no other first map than the one inside it
-                    entries.append(x if len(group) > 1 else middle)
-                    pre_relu.append(normed)
-            stages.append(x)
-        normed = self.norm(x)
-        logits = self.classifier(F.relu(normed).mean((2, 3)))
-        # the first group's own normed input follows no group
-        return Taps(logits, entries, stages, pre_relu[1:] + [normed]) if taps else logits
+def projection(channels_in: int, channels_out: int, stride: int) -> nn.Module:
+    """The shortcut of a ResNet's block: 1x1 and BatchNorm where the shape changes."""
+    if stride == 1 and channels_in == channels_out:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
+                         nn.BatchNorm2d(channels_out))
 
 
 class BasicBlock(nn.Module):
@@ -117,17 +179,13 @@ class BasicBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels_out)
-        self.shortcut = nn.Identity()
-        if stride != 1 or channels_in != channels_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
-                nn.BatchNorm2d(channels_out))
+        self.last_norm = nn.BatchNorm2d(channels_out)
+        self.shortcut = projection(channels_in, channels_out, stride)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        middle = F.relu(self.norm1(self.conv1(x)))
-        total = self.norm2(self.conv2(middle)) + self.shortcut(x)
-        return F.relu(total), middle, total
+        inner = F.relu(self.norm1(self.conv1(x)))
+        total = self.last_norm(self.conv2(inner)) + self.shortcut(x)
+        return F.relu(total), inner, total
 
 
 class Bottleneck(nn.Module):
@@ -141,59 +199,30 @@ class Bottleneck(nn.Module):
         self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, channels_out, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(channels_out)
-        self.shortcut = nn.Identity()
-        if stride != 1 or channels_in != channels_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
-                nn.BatchNorm2d(channels_out))
+        self.last_norm = nn.BatchNorm2d(channels_out)
+        self.shortcut = projection(channels_in, channels_out, stride)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        middle = F.relu(self.norm1(self.conv1(x)))
-        y = F.relu(self.norm2(self.conv2(middle)))
-        total = self.norm3(self.conv3(y)) + self.shortcut(x)
-        return F.relu(total), middle, total
+        inner = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(self.norm2(self.conv2(inner)))
+        total = self.last_norm(self.conv3(y)) + self.shortcut(x)
+        return F.relu(total), inner, total
 
 
-class ResNet(nn.Module):
+def resnet(block: type, counts: list[int], channels: list[int], num_classes: int) -> Network:
     """Residual network for small images (He et al. 2016), with 1x1 convolution shortcuts.
 
     resnet20: depth 6n + 2 in three groups of n basic blocks, 16 to 64 channels; resnet8x4: four
     times as wide, with a stem of 32 channels; resnet50: four groups of bottlenecks.
     """
-
-    def __init__(self, block: type, counts: list[int], channels: list[int], num_classes: int):
-        super().__init__()
-        stem, *self.stage_channels = channels
-        self.conv = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(stem)
-        self.groups = nn.ModuleList()
-        for number, (count, channels_out) in enumerate(zip(counts, self.stage_channels)):
-            blocks = nn.ModuleList()
-            for index in range(count):
-                stride = 2 if number > 0 and index == 0 else 1
-                blocks.append(block(channels_out if index else channels[number], channels_out,
-                                    stride))
-            self.groups.append(blocks)
-        self.classifier = nn.Linear(channels[-1], num_classes)
-        initialise(self)
-
-    @property
-    def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
-        return [getattr(group[-1], "norm3", group[-1].norm2) for group in self.groups]
-
-    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
-        entries, stages, pre_relu = [], [], []
-        x = F.relu(self.norm(self.conv(x)))
-        for group in self.groups:
-            for index, block in enumerate(group):
-                x, middle, total = block(x)
-                if index == 0:
-                    entries.append(x if len(group) > 1 else middle)
-            stages.append(x)
-            pre_relu.append(total)
-        logits = self.classifier(x.mean((2, 3)))
-        return Taps(logits, entries, stages, pre_relu) if taps else logits
+    stem = nn.Sequential(nn.Conv2d(3, channels[0], 3, 1, 1, bias=False),
+                         nn.BatchNorm2d(channels[0]), nn.ReLU())
+    groups = nn.ModuleList()
+    for number, count in enumerate(counts):
+        groups.append(group_of(block, count, channels[number], channels[number + 1],
+                               2 if number else 1))
+    norms = [group[-1].last_norm for group in groups]
+    return Network(stem, groups, None, channels[1:], norms, num_classes)
 
 
 class PyramidBlock(nn.Module):
@@ -216,102 +245,75 @@ class PyramidBlock(nn.Module):
                                         stride if index == len(kernels) - 2 else 1, kernel // 2,
                                         bias=False))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         normed = self.norms[0](x)
-        y = shown = self.norms[1](self.convs[0](normed))
+        inner = y = self.norms[1](self.convs[0](normed))
         for conv, norm in zip(self.convs[1:], self.norms[2:]):
             y = norm(conv(F.relu(y)))
         if self.stride == 2:
             x = F.avg_pool2d(x, 2, ceil_mode=True)
+        y = y + F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
         # a basic block's first convolution halves the size already: there its input is shown
-        return (y + F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1])),
-                shown if self.bottleneck else normed)
+        return y, inner, inner if self.bottleneck else normed
 
 
-class PyramidNet(nn.Module):
+def pyramidnet(depth: int, alpha: int, bottleneck: bool, num_classes: int) -> Network:
     """PyramidNet-depth (alpha) (Han et al. 2017): every block is alpha / #blocks planes wider."""
+    count = (depth - 2) // (9 if bottleneck else 6)
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16))
+    groups, stage_channels = nn.ModuleList(), []
+    channels, width = 16, 16.0
+    for number in range(3):
+        blocks = nn.ModuleList()
+        for index in range(count):
+            width += alpha / (3 * count)
+            stride = 2 if number > 0 and index == 0 else 1
+            blocks.append(PyramidBlock(channels, round(width), stride, bottleneck))
+            channels = round(width) * (4 if bottleneck else 1)
+        groups.append(blocks)
+        stage_channels.append(channels)
+    head = nn.BatchNorm2d(channels)
+    norms = [group[0].norms[int(bottleneck)] for group in groups[1:]] + [head]
+    return Network(stem, groups, head, stage_channels, norms, num_classes)
 
-    def __init__(self, depth: int, alpha: int, bottleneck: bool, num_classes: int):
+
+class VGGBlock(nn.Module):
+    """3x3 - BatchNorm - ReLU, after 2x2 max-pooling where `pool` says so."""
+
+    def __init__(self, channels_in: int, channels_out: int, pool: bool):
         super().__init__()
-        count = (depth - 2) // (9 if bottleneck else 6)
-        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.stem_norm = nn.BatchNorm2d(16)
-        self.groups, self.stage_channels = nn.ModuleList(), []
-        channels, width = 16, 16.0
-        for number in range(3):
-            blocks = nn.ModuleList()
-            for index in range(count):
-                width += alpha / (3 * count)
-                stride = 2 if number > 0 and index == 0 else 1
-                blocks.append(PyramidBlock(channels, round(width), stride, bottleneck))
-                channels = round(width) * (4 if bottleneck else 1)
-            self.groups.append(blocks)
-            self.stage_channels.append(channels)
-        self.norm = nn.BatchNorm2d(channels)
-        self.classifier = nn.Linear(channels, num_classes)
-        initialise(self)
+        self.pool = pool
+        self.conv = nn.Conv2d(channels_in, channels_out, 3, 1, 1)
+        self.norm = nn.BatchNorm2d(channels_out)
 
-    @property
-    def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
-        firsts = [group[0] for group in self.groups[1:]]
-        return [block.norms[int(block.bottleneck)] for block in firsts] + [self.norm]
-
-    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
-        entries, stages, pre_relu = [], [], []
-        x = self.stem_norm(self.conv(x))
-        for group in self.groups:
-            for index, block in enumerate(group):
-                x, shown = block(x)
-                if index == 0:
-                    entries.append(x)
-                    pre_relu.append(shown)
-            stages.append(x)
-        normed = self.norm(x)
-        logits = self.classifier(F.relu(normed).mean((2, 3)))
-        return Taps(logits, entries, stages, pre_relu[1:] + [normed]) if taps else logits
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.pool:
+            x = F.max_pool2d(x, 2)
+        normed = self.norm(self.conv(x))
+        return F.relu(normed), x, normed
 
 
-class VGG(nn.Module):
+def vgg(convolutions: int, num_classes: int) -> Network:
     """VGG with BatchNorm: five runs of 3x3 convolutions, max-pooling after the first three.
 
-    The first run, at full size, counts as the stem: four groups of a half to an eighth of it.
+    The first run, at full size, is the stem: four groups of a half to an eighth of it. The first
+    map of a group of one convolution is what enters that.
     """
-
-    def __init__(self, convolutions: int, num_classes: int):
-        super().__init__()
-        self.stage_channels = [128, 256, 512, 512]
-        self.groups, channels = nn.ModuleList(), 3
-        for channels_out in (64, *self.stage_channels):
-            units = nn.ModuleList()
-            for _ in range(convolutions):
-                units.append(nn.Sequential(nn.Conv2d(channels, channels_out, 3, 1, 1),
-                                           nn.BatchNorm2d(channels_out)))
-                channels = channels_out
-            self.groups.append(units)
-        self.classifier = nn.Linear(512, num_classes)
-        initialise(self)
-        nn.init.normal_(self.classifier.weight, 0.0, 0.01)
-
-    @property
-    def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
-        return [group[-1][1] for group in self.groups[1:]]
-
-    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
-        entries, stages, pre_relu = [], [], []
-        for number, group in enumerate(self.groups):
-            entry = x       # a group of one convolution has no other first map than what enters it
-            for index, unit in enumerate(group):
-                normed = unit(x)
-                x = F.relu(normed)
-                if index == 0 and len(group) > 1:
-                    entry = x
-            entries.append(entry)
-            stages.append(x)
-            pre_relu.append(normed)
-            if number < 3:
-                x = F.max_pool2d(x, 2)
-        logits = self.classifier(x.mean((2, 3)))
-        return Taps(logits, entries[1:], stages[1:], pre_relu[1:]) if taps else logits
+    layers, channels = [], 3
+    for _ in range(convolutions):
+        layers += [nn.Conv2d(channels, 64, 3, 1, 1), nn.BatchNorm2d(64), nn.ReLU()]
+        channels = 64
+    groups, stage_channels = nn.ModuleList(), [128, 256, 512, 512]
+    for number, channels_out in enumerate(stage_channels):
+        blocks = nn.ModuleList()
+        for index in range(convolutions):
+            blocks.append(VGGBlock(channels, channels_out, pool=index == 0 and number < 3))
+            channels = channels_out
+        groups.append(blocks)
+    norms = [group[-1].norm for group in groups]
+    network = Network(nn.Sequential(*layers), groups, None, stage_channels, norms, num_classes)
+    nn.init.normal_(network.classifier.weight, 0.0, 0.01)
+    return network
 
 
 class InvertedResidual(nn.Module):
@@ -333,77 +335,55 @@ class InvertedResidual(nn.Module):
         self.norm3 = nn.BatchNorm2d(channels_out)
         self.residual = stride == 1 and channels_in == channels_out
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         normed = x if self.expand is None else self.norm1(self.expand(x))
-        y = normed if self.expand is None else self.activation(normed)
-        y = self.norm3(self.project(self.activation(self.norm2(self.depthwise(y)))))
-        return x + y if self.residual else y, normed
+        inner = normed if self.expand is None else self.activation(normed)
+        y = self.norm3(self.project(self.activation(self.norm2(self.depthwise(inner)))))
+        return x + y if self.residual else y, inner, normed
 
 
-class MobileNetV2(nn.Module):
+# stem: channels and stride; last 1x1; activation; per group: (expansion, channels, blocks, stride)
+MOBILENETS = {
+    "mobilenetv2": ((8, 1), 640, F.relu6, [[(0, 8, 1, 1), (6, 16, 2, 1)],
+                                           [(6, 16, 3, 2), (6, 32, 4, 1), (6, 48, 3, 1)],
+                                           [(6, 80, 3, 2), (6, 160, 1, 1)]]),
+    "mobilenetv2_half": ((16, 2), 1280, F.relu, [[(1, 8, 1, 1), (6, 12, 2, 1)],
+                                                 [(6, 16, 3, 2)],
+                                                 [(6, 32, 4, 2), (6, 48, 3, 1)],
+                                                 [(6, 80, 3, 2), (6, 160, 1, 1)]])}
+
+
+def mobilenetv2(form: str, num_classes: int, dropout: float | None = None) -> Network:
     """MobileNetV2 (Sandler et al. 2018) for small images, in the two forms of the papers' tables.
 
     mobilenetv2: the ATang paper's Table 4, 0.6M weights, maps of 32, 16 and 8 pixels; its last
-    stage ends after the 1x1 convolution to 640 channels.
+    stage ends after the 1x1 convolution to 640 channels; dropout 0.2, as in its authors' class.
     mobilenetv2_half: the CIFAR-100 tables', half the width of the original, maps of 16 to 2 pixels.
     """
-    # stem and last 1x1: channels and stride; per group: (expansion, channels, blocks, stride)
-    layouts = {
-        "mobilenetv2": ((8, 1), 640, F.relu6, [[(0, 8, 1, 1), (6, 16, 2, 1)],
-                                               [(6, 16, 3, 2), (6, 32, 4, 1), (6, 48, 3, 1)],
-                                               [(6, 80, 3, 2), (6, 160, 1, 1)]]),
-        "mobilenetv2_half": ((16, 2), 1280, F.relu, [[(1, 8, 1, 1), (6, 12, 2, 1)],
-                                                     [(6, 16, 3, 2)],
-                                                     [(6, 32, 4, 2), (6, 48, 3, 1)],
-                                                     [(6, 80, 3, 2), (6, 160, 1, 1)]])}
-
-    def __init__(self, form: str, num_classes: int, dropout: float | None = None):
-        super().__init__()
-        (channels, stem_stride), last, self.activation, layout = self.layouts[form]
-        self.stage_channels = [rows[-1][1] for rows in layout]
-        self.ends_in_last_conv = form == "mobilenetv2"
-        if self.ends_in_last_conv:
-            self.stage_channels[-1] = last
-        self.conv = nn.Conv2d(3, channels, 3, stem_stride, 1, bias=False)
-        self.norm = nn.BatchNorm2d(channels)
-        self.groups = nn.ModuleList()
-        for rows in layout:
-            blocks = nn.ModuleList()
-            for expansion, channels_out, count, stride in rows:
-                for index in range(count):
-                    blocks.append(InvertedResidual(channels, channels_out, 1 if index else stride,
-                                                   expansion, self.activation))
-                    channels = channels_out
-            self.groups.append(blocks)
-        self.last_conv = nn.Conv2d(channels, last, 1, bias=False)
-        self.last_norm = nn.BatchNorm2d(last)
-        # the ATang authors' class drops, the CIFAR-100 tables' does not
-        self.dropout = nn.Dropout((0.2 if self.ends_in_last_conv else 0.0) if dropout is None
-                                  else dropout)
-        self.classifier = nn.Linear(last, num_classes)
-        initialise(self)
-        nn.init.normal_(self.classifier.weight, 0.0, 0.01)
-
-    @property
-    def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
-        return [group[0].norm1 for group in self.groups[1:]] + [self.last_norm]
-
-    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
-        entries, stages, pre_relu = [], [], []
-        x = self.activation(self.norm(self.conv(x)))
-        for group in self.groups:
-            for index, block in enumerate(group):
-                x, normed = block(x)
-                if index == 0:
-                    entries.append(x)
-                    pre_relu.append(normed)
-            stages.append(x)
-        normed = self.last_norm(self.last_conv(x))
-        x = self.activation(normed)
-        if self.ends_in_last_conv:
-            stages[-1] = x
-        logits = self.classifier(self.dropout(x.mean((2, 3))))
-        return Taps(logits, entries, stages, pre_relu[1:] + [normed]) if taps else logits
+    (channels, stem_stride), last, activation, layout = MOBILENETS[form]
+    of_atang = form == "mobilenetv2"
+    stem = nn.Sequential(nn.Conv2d(3, channels, 3, stem_stride, 1, bias=False),
+                         nn.BatchNorm2d(channels), nn.ReLU6() if of_atang else nn.ReLU())
+    groups, stage_channels = nn.ModuleList(), []
+    for rows in layout:
+        blocks = nn.ModuleList()
+        for expansion, channels_out, count, stride in rows:
+            for index in range(count):
+                blocks.append(InvertedResidual(channels, channels_out, 1 if index else stride,
+                                               expansion, activation))
+                channels = channels_out
+        groups.append(blocks)
+        stage_channels.append(channels)
+    head = nn.Sequential(nn.Conv2d(channels, last, 1, bias=False), nn.BatchNorm2d(last))
+    if of_atang:
+        stage_channels[-1] = last
+    if dropout is None:
+        dropout = 0.2 if of_atang else 0.0
+    norms = [group[0].norm1 for group in groups[1:]] + [head[1]]
+    network = Network(stem, groups, head, stage_channels, norms, num_classes, activation, dropout,
+                      last_stage_is_head=of_atang)
+    nn.init.normal_(network.classifier.weight, 0.0, 0.01)
+    return network
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
@@ -427,48 +407,14 @@ class ShuffleBlockV1(nn.Module):
         self.depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
         self.norm2 = nn.BatchNorm2d(hidden)
         self.conv3 = nn.Conv2d(hidden, new, 1, groups=3, bias=False)
-        self.norm3 = nn.BatchNorm2d(new)
+        self.last_norm = nn.BatchNorm2d(new)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = shuffle(F.relu(self.norm1(self.conv1(x))), self.groups)
-        y = self.norm3(self.conv3(F.relu(self.norm2(self.depthwise(y)))))
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inner = F.relu(self.norm1(self.conv1(x)))
+        y = self.depthwise(shuffle(inner, self.groups))
+        y = self.last_norm(self.conv3(F.relu(self.norm2(y))))
         total = torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1) if self.stride == 2 else y + x
-        return F.relu(total), total
-
-
-class ShuffleNetV1(nn.Module):
-    """ShuffleNet (Zhang et al. 2018), three groups in every 1x1, stem without stride."""
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.stage_channels = [240, 480, 960]
-        self.conv = nn.Conv2d(3, 24, 1, bias=False)
-        self.norm = nn.BatchNorm2d(24)
-        self.groups, channels = nn.ModuleList(), 24
-        for channels_out, count in zip(self.stage_channels, (4, 8, 4)):
-            self.groups.append(nn.ModuleList(
-                [ShuffleBlockV1(channels, channels_out, 2)]
-                + [ShuffleBlockV1(channels_out, channels_out, 1) for _ in range(count - 1)]))
-            channels = channels_out
-        self.classifier = nn.Linear(channels, num_classes)
-        initialise(self)
-
-    @property
-    def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
-        return [group[-1].norm3 for group in self.groups]
-
-    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
-        entries, stages, pre_relu = [], [], []
-        x = F.relu(self.norm(self.conv(x)))
-        for group in self.groups:
-            for index, block in enumerate(group):
-                x, total = block(x)
-                if index == 0:
-                    entries.append(x)
-            stages.append(x)
-            pre_relu.append(total)
-        logits = self.classifier(x.mean((2, 3)))
-        return Taps(logits, entries, stages, pre_relu) if taps else logits
+        return F.relu(total), inner, total
 
 
 class ShuffleBlockV2(nn.Module):
@@ -493,50 +439,31 @@ class ShuffleBlockV2(nn.Module):
         self.conv3 = nn.Conv2d(half, half, 1, bias=False)
         self.norm3 = nn.BatchNorm2d(half)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept, worked = (F.relu(self.side(x)), x) if self.stride == 2 else x.chunk(2, 1)
         normed = self.norm1(self.conv1(worked))
-        y = self.norm2(self.depthwise(F.relu(normed)))
-        y = F.relu(self.norm3(self.conv3(y)))
-        return shuffle(torch.cat([kept, y], 1), 2), normed
+        inner = F.relu(normed)
+        y = F.relu(self.norm3(self.conv3(self.norm2(self.depthwise(inner)))))
+        return shuffle(torch.cat([kept, y], 1), 2), inner, normed
 
 
-class ShuffleNetV2(nn.Module):
-    """ShuffleNetV2 (Ma et al. 2018) of size 1, stem without stride."""
+def shufflenet(version: int, num_classes: int) -> Network:
+    """ShuffleNet (Zhang et al. 2018), three groups in every 1x1, or ShuffleNetV2 (Ma et al. 2018).
 
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.stage_channels = [116, 232, 464]
-        self.conv = nn.Conv2d(3, 24, 1, bias=False)
-        self.norm = nn.BatchNorm2d(24)
-        self.groups, channels = nn.ModuleList(), 24
-        for channels_out, count in zip(self.stage_channels, (4, 8, 4)):
-            self.groups.append(nn.ModuleList(
-                [ShuffleBlockV2(channels, channels_out, 2)]
-                + [ShuffleBlockV2(channels_out, channels_out, 1) for _ in range(count - 1)]))
-            channels = channels_out
-        self.last_conv = nn.Conv2d(channels, 1024, 1, bias=False)
-        self.last_norm = nn.BatchNorm2d(1024)
-        self.classifier = nn.Linear(1024, num_classes)
-        initialise(self)
-
-    @property
-    def pre_relu_norms(self) -> list[nn.BatchNorm2d]:
-        return [group[0].norm1 for group in self.groups[1:]] + [self.last_norm]
-
-    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
-        entries, stages, pre_relu = [], [], []
-        x = F.relu(self.norm(self.conv(x)))
-        for group in self.groups:
-            for index, block in enumerate(group):
-                x, normed = block(x)
-                if index == 0:
-                    entries.append(x)
-                    pre_relu.append(normed)
-            stages.append(x)
-        normed = self.last_norm(self.last_conv(x))
-        logits = self.classifier(F.relu(normed).mean((2, 3)))
-        return Taps(logits, entries, stages, pre_relu[1:] + [normed]) if taps else logits
+    V2 is of size 1; the stems of both have no stride.
+    """
+    block = ShuffleBlockV1 if version == 1 else ShuffleBlockV2
+    channels = [24, 240, 480, 960] if version == 1 else [24, 116, 232, 464]
+    stem = nn.Sequential(nn.Conv2d(3, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
+    groups, head = nn.ModuleList(), None
+    for number, count in enumerate((4, 8, 4)):
+        groups.append(group_of(block, count, channels[number], channels[number + 1], 2))
+    if version == 1:
+        norms = [group[-1].last_norm for group in groups]
+    else:
+        head = nn.Sequential(nn.Conv2d(464, 1024, 1, bias=False), nn.BatchNorm2d(1024))
+        norms = [group[0].norm1 for group in groups[1:]] + [head[1]]
+    return Network(stem, groups, head, channels[1:], norms, num_classes)
 
 
 # The pairs of networks, teacher and student, of the papers' tables on small images.
@@ -544,7 +471,10 @@ PAIRS = {
     "ATang, Tables 2 to 4 (CIFAR-10, CINIC-10)": [
         ("wrn16_3", "wrn16_1"), ("wrn28_3", "wrn16_1"), ("wrn28_3", "wrn16_3"),
         ("resnet44", "wrn16_1"), ("mobilenetv2", "resnet20")],
-    "FSP, Table 1 (CIFAR-100)": [("resnet32", "resnet32")],
+    "ATang, Table 5 (CINIC-10)": [
+        ("wrn28_3", "resnet20"), ("wrn16_3", "resnet20"), ("wrn16_8", "wrn28_1"),
+        ("wrn28_6", "wrn16_8")],
+    "FSP, Table 1 of Liu's report (CIFAR-100)": [("resnet32", "resnet32")],
     "Overhaul, Table 2 (CIFAR-100), settings a to f": [
         ("wrn28_4", "wrn16_4"), ("wrn28_4", "wrn28_2"), ("wrn28_4", "wrn16_2"),
         ("wrn28_4", "resnet56"), ("pyramidnet200_240", "wrn28_4"),
@@ -561,30 +491,30 @@ PAIRS = {
 
 
 def create_model(name: str, num_classes: int, **kw) -> nn.Module:
-    """The network called `name`, freshly initialised; `kw` goes to its class (dropout=0.0)."""
-    if match := re.fullmatch(r"wrn(\d+)_(\d+)", name):
+    """The network called `name`, freshly initialised; `kw` goes to its maker (dropout=0.0)."""
+    if match := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
         depth, width = int(match[1]), int(match[2])
         if depth < 10 or depth % 6 != 4 or width < 1:
-            raise ValueError(f"{name}: a wide residual network has depth 6n+4 (10, 16, 22, 28, 40) "
-                             f"and width 1 or more, as in wrn16_3")
-        return WideResNet(depth, width, num_classes, **kw)
+            raise UserError(f"{name}: a wide residual network has depth 6n+4 (10, 16, 22, 28, 40) "
+                            f"and width 1 or more, as in wrn16_3")
+        return wide_resnet(depth, width, num_classes, **kw)
     if name == "resnet50":
-        return ResNet(Bottleneck, [3, 4, 6, 3], [64, 256, 512, 1024, 2048], num_classes, **kw)
-    if match := re.fullmatch(r"resnet(\d+)(x4)?", name):
+        return resnet(Bottleneck, [3, 4, 6, 3], [64, 256, 512, 1024, 2048], num_classes, **kw)
+    if match := re.fullmatch(r"resnet(\d{1,4})(x4)?", name):
         depth, channels = int(match[1]), [32, 64, 128, 256] if match[2] else [16, 16, 32, 64]
         if depth < 8 or depth % 6 != 2:
-            raise ValueError(f"{name}: a CIFAR residual network has depth 6n+2 "
-                             f"(8, 14, 20, 26, 32, 44, 56, 110), as in resnet20 or resnet8x4")
-        return ResNet(BasicBlock, [(depth - 2) // 6] * 3, channels, num_classes, **kw)
-    if name in MobileNetV2.layouts:
-        return MobileNetV2(name, num_classes, **kw)
-    makers = {"vgg8": partial(VGG, 1), "vgg13": partial(VGG, 2),
-              "shufflenetv1": ShuffleNetV1, "shufflenetv2": ShuffleNetV2,
-              "pyramidnet110_84": partial(PyramidNet, 110, 84, False),
-              "pyramidnet200_240": partial(PyramidNet, 200, 240, True)}
+            raise UserError(f"{name}: a CIFAR residual network has depth 6n+2 "
+                            f"(8, 14, 20, 26, 32, 44, 56, 110), as in resnet20 or resnet8x4")
+        return resnet(BasicBlock, [(depth - 2) // 6] * 3, channels, num_classes, **kw)
+    if name in MOBILENETS:
+        return mobilenetv2(name, num_classes, **kw)
+    makers = {"vgg8": partial(vgg, 1), "vgg13": partial(vgg, 2),
+              "shufflenetv1": partial(shufflenet, 1), "shufflenetv2": partial(shufflenet, 2),
+              "pyramidnet110_84": partial(pyramidnet, 110, 84, False),
+              "pyramidnet200_240": partial(pyramidnet, 200, 240, True)}
     if name in makers:
         return makers[name](num_classes=num_classes, **kw)
-    raise ValueError(f"unknown network {name}; known are {', '.join(model_names())}")
+    raise UserError(f"unknown network {name}; known are {', '.join(model_names())}")
 
 
 def model_names() -> list[str]:
@@ -597,6 +527,28 @@ def model_names() -> list[str]:
                "mobilenetv2_half", "shufflenetv1", "shufflenetv2"])
 
 
+def check_pair(teacher: str, student: str, image_size: int, alike: str) -> None:
+    """Raise UserError where two networks cannot be matched, before any data is read.
+
+    alike: what their groups must have alike: "count", how many there are; "sizes", also their
+    height and width; "" for methods that look at the logits alone.
+    """
+    with torch.device("meta"), torch.no_grad():     # shapes without numbers
+        image = torch.empty(1, 3, image_size, image_size)
+        ends = [create_model(name, 10).eval()(image, taps=True).stages
+                for name in (teacher, student)]
+    for number, (theirs, ours) in enumerate(itertools.zip_longest(*ends), 1):
+        shapes = ["no map" if x is None else "x".join(map(str, x.shape[1:]))
+                  for x in (theirs, ours)]
+        apart = theirs is None or ours is None
+        if alike == "sizes" and not apart:
+            apart = theirs.shape[2:] != ours.shape[2:]
+        if alike and apart:
+            raise UserError(f"group {number} of {teacher} ends in {shapes[0]}, of {student} in "
+                            f"{shapes[1]} (channels x height x width): these cannot be matched; "
+                            f"wrn16_3 and wrn16_1, or resnet56 and resnet20, can")
+
+
 def print_networks() -> None:
     """Every network's size and the shape of its maps for 32x32 images, then the papers' pairs."""
     def shapes(maps: list[Tensor]) -> str:
@@ -605,15 +557,125 @@ def print_networks() -> None:
     print("channels x pixels of each group's first map (entries), last map (stages), and pre_relu")
     print(f"{'network':18}{'10 classes':>12}{'100 classes':>13}  {'entries':28}{'stages':28}"
           f"pre_relu")
-    with torch.device("meta"), torch.no_grad():     # shapes without numbers
-        for name in model_names():
+    for name in model_names():
+        with torch.device("meta"), torch.no_grad():     # shapes without numbers
             small, large = create_model(name, 10), create_model(name, 100)
             taps = small.eval()(torch.empty(1, 3, 32, 32), taps=True)
-            counts = [sum(p.numel() for p in model.parameters()) for model in (small, large)]
-            print(f"{name:18}{counts[0]:12,}{counts[1]:13,}  {shapes(taps.entries):28}"
-                  f"{shapes(taps.stages):28}{shapes(taps.pre_relu)}")
+        counts = [sum(p.numel() for p in network.parameters()) for network in (small, large)]
+        print(f"{name:18}{counts[0]:12,}{counts[1]:13,}  {shapes(taps.entries):28}"
+              f"{shapes(taps.stages):28}{shapes(taps.pre_relu)}")
     for table, pairs in PAIRS.items():
         print(f"\n{table}: " + ", ".join(f"{student} from {teacher}" for teacher, student in pairs))
+
+
+# ================================================================================================
+# Checkpoints and folders of runs
+# ================================================================================================
+
+
+def new_model(name: str, loader: "ImageLoader", seed: int) -> nn.Module:
+    """The network as the seed makes it, for the loader's classes, on its device, channels_last."""
+    torch.manual_seed(seed)
+    network = create_model(name, loader.num_classes)
+    return network.to(loader.labels.device, memory_format=torch.channels_last)
+
+
+def weights_hash(network: nn.Module) -> str:
+    """The sha256 of all weights and statistics: which teacher taught."""
+    values = [value.cpu().numpy().tobytes() for value in network.state_dict().values()]
+    return hashlib.sha256(b"".join(values)).hexdigest()
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What a file holds, its weights as "model"; nothing in the file is executed."""
+    try:
+        with warnings.catch_warnings():     # the error below says all in one line
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # each kind of damage fails in its own way
+        reason = str(error).split(". ")[0][:200]
+        raise UserError(f"{path} is missing, damaged or no checkpoint: name another one or train "
+                        f"it anew ({reason})") from None
+    return state if isinstance(state, dict) and "model" in state else {"model": state}
+
+
+def check_weights(network: nn.Module, weights: dict, path: Path) -> None:
+    """Raise UserError that names the first weight which the network does not have just so."""
+    def form(state: dict, key: str) -> object:
+        x = state.get(key, "missing")
+        return tuple(x.shape) if isinstance(x, Tensor) else x
+
+    if not isinstance(weights, dict):
+        raise UserError(f"{path} holds a {type(weights).__name__}, not the weights of a network")
+    expected = network.state_dict()
+    for key in [*expected, *weights]:
+        found, wanted = form(weights, key), form(expected, key)
+        if found != wanted:
+            raise UserError(f"{path} is of another network or number of classes: its {key} is "
+                            f"{str(found)[:80]}, not {wanted}")
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a checkpoint of any of the scripts, or a plain state_dict; all of it, or UserError.
+
+    A method's connectors are no part of the network and are left out.
+    """
+    weights = read_checkpoint(path)["model"]
+    if isinstance(weights, dict):
+        weights = {key: x for key, x in weights.items() if not str(key).startswith("connectors.")}
+    check_weights(network, weights, path)
+    network.load_state_dict(weights)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The log of a run, its header first; empty where there is none, or none of ours."""
+    try:
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return log if log and all("settings" in log[0] and "test" in row for row in log[1:]) else []
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def read_run(folder: Path, settings: dict, model: nn.Module) -> dict:
+    """The checkpoint of a run that is to go on; UserError where its settings were others."""
+    path = folder / "last.pt"
+    state = read_checkpoint(path)
+    kept = state["log"][0]["settings"] if state.get("log") else {}
+    changed = [f"{key} {kept.get(key)}, now {settings.get(key)}" for key in kept | settings
+               if kept.get(key) != settings.get(key)]
+    if changed:
+        teacher = "" if "teacher_hash" in settings else " from there"
+        raise UserError(f"{folder} was made with other settings ({'; '.join(changed)}): choose "
+                        f"another --out, and keep a teacher{teacher} with --teacher-ckpt")
+    check_weights(model, state["model"], path)
+    for copy in sorted(folder.glob("*.py")):
+        source = Path(__file__).with_name(copy.name)
+        if source.exists() and source.read_bytes() != copy.read_bytes():
+            print(f"note: {folder} was begun by another {copy.name}, which lies there; choose "
+                  f"another --out to run today's")
+    return state
+
+
+def begin_run(folder: Path, script: Path) -> None:
+    """A new run's folder, with the record of what is about to run in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in (script, Path(__file__)):
+        shutil.copy(source, folder)
+
+
+def write_run(folder: Path, state: dict) -> None:
+    """log.jsonl and last.pt, each written aside and renamed: a kill leaves what was there whole."""
+    log = "".join(json.dumps(row) + "\n" for row in state["log"])
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    for name, content in (("log.jsonl", log.encode()), ("last.pt", buffer.getvalue())):
+        aside = folder / f"{name}.{os.getpid()}"
+        try:
+            aside.write_bytes(content)
+            aside.replace(folder / name)
+        except OSError:     # a full disk: leave no half of a file on it
+            aside.unlink(missing_ok=True)
+            raise
 
 
 # ================================================================================================
@@ -644,7 +706,9 @@ class ImageLoader:
         self.class_names, self.num_classes = class_names, len(class_names)
         self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
         self.seed, self.epoch = seed, 0
-        self.left_out = int(shuffle and 1 == len(self.labels) % batch_size < len(self.labels))
+        self.settings = {}      # what decides the images; filled in by load_data
+        alone = len(self.labels) % batch_size == 1 and len(self.labels) > 1
+        self.left_out = int(shuffle and alone)
         self.size = self.images.shape[1]
         # one value a pixel, not one a channel: subtracting three-element rows is 5 times slower
         self.mean = mean.to(device).expand(self.size, self.size, 3).contiguous()
@@ -657,8 +721,9 @@ class ImageLoader:
     def __len__(self) -> int:
         return -(-(len(self.labels) - self.left_out) // self.batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, seed: int | None = None) -> None:
+        """Choose the order and the crops of the next pass; the seed stays what it was if None."""
+        self.epoch, self.seed = epoch, self.seed if seed is None else seed
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device, count, wide = self.labels.device, len(self.labels), self.size + 2 * self.padding
@@ -779,7 +844,7 @@ def read_cifar(dataset: str, data_dir: Path, train: bool) -> tuple[Split, list[s
     try:
         source = kind(data_dir, train=train, download=True)
     except (OSError, RuntimeError) as error:
-        raise OSError(
+        raise UserError(
             f"could not fetch {kind.url} ({error}); put {kind.filename} or the unpacked folder "
             f"{kind.base_folder} in {data_dir}/ by hand, or use --dataset shapes, which needs "
             f"nothing") from None
@@ -798,15 +863,15 @@ def read_folder(data_dir: Path, image_size: int) -> tuple[dict[str, Split], list
             try:
                 sources[name.removesuffix("id")] = datasets.ImageFolder(data_dir / name)
             except FileNotFoundError as error:
-                raise ValueError(f"{data_dir / name} wants one subfolder of images a class: "
+                raise UserError(f"{data_dir / name} wants one subfolder of images a class: "
                                  f"{error}") from None
     if "train" not in sources or len(sources) < 2:
-        raise ValueError(f"{data_dir} needs the folders train/ and test/ (or val/, or valid/), "
+        raise UserError(f"{data_dir} needs the folders train/ and test/ (or val/, or valid/), "
                          f"with one subfolder of images a class; name it with --data-dir")
     class_names = sources["train"].classes
     for name, source in sources.items():
         if odd := set(source.classes) ^ set(class_names):
-            raise ValueError(f"{data_dir}: the classes of train/ and {name}/ differ in "
+            raise UserError(f"{data_dir}: the classes of train/ and {name}/ differ in "
                              f"{', '.join(sorted(odd))}; give both the same subfolders")
     paths = [path for source in sources.values() for path, _ in source.samples]
     stats = [(os.path.relpath(path, data_dir), os.stat(path)) for path in paths]
@@ -824,10 +889,10 @@ def read_folder(data_dir: Path, image_size: int) -> tuple[dict[str, Split], list
             try:
                 with datasets.folder.Image.open(path) as file:
                     if file.mode[0] in "IF":    # convert would make it white
-                        raise ValueError("it has more than 8 bits a channel, convert it to 8")
+                        raise UserError("it has more than 8 bits a channel, convert it to 8")
                     picture = file.convert("RGB")
             except Exception as error:    # each format of image fails in its own way
-                raise ValueError(f"cannot decode {path} ({error}); repair or remove it") from None
+                raise UserError(f"cannot decode {path} ({error}); repair or remove it") from None
             if picture.size != (image_size, image_size):
                 picture = resize(picture, [image_size, image_size])
             images[index] = pil_to_tensor(picture).permute(1, 2, 0)
@@ -859,8 +924,16 @@ def balanced_order(labels: Tensor) -> Tensor:
     return order[turn.argsort(stable=True)]
 
 
-def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch.device, *,
-              augment: bool, seed: int, reflect: bool = False, image_size: int = 32,
+def keep_memory() -> None:
+    """Let glibc keep freed memory: to return large maps and get them again costs a CPU a tenth."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)     # M_MMAP_MAX: none
+        libc.mallopt(-1, -1)    # M_TRIM_THRESHOLD: never
+
+
+def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch.device | str,
+              *, augment: bool, seed: int, reflect: bool = False, image_size: int = 32,
               train_images: int | None = None, split: str = "test",
               ) -> tuple[ImageLoader, ImageLoader]:
     """The training loader and the loader of the split that accuracy is measured on.
@@ -870,8 +943,10 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     train_images  train on a fair sample of so many images; the same one whatever the seed
     split         "test", or "val" for tuning: the data set's own validation split, or else a fixed
                   tenth of the training images, which are then not trained on
-    A data set that is missing or broken raises ValueError or OSError with what to do about it.
+    A data set that is missing or broken raises UserError, which says what to do about it.
     """
+    if torch.device(device).type == "cpu":
+        keep_memory()
     data_dir, class_names = Path(data_dir), SHAPES
     if dataset == "shapes":
         splits = {"train": draw_shapes(4000, seed=1), "val": draw_shapes(2000, seed=2),
@@ -882,7 +957,7 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     elif dataset in ("cinic10", "folder"):
         splits, class_names = read_folder(data_dir, image_size)
     else:
-        raise ValueError(f"unknown data set {dataset}; known are cifar10, cifar100, cinic10, "
+        raise UserError(f"unknown data set {dataset}; known are cifar10, cifar100, cinic10, "
                          f"folder and shapes")
     train, measured = splits["train"], splits.get("test", splits.get("val"))
     # over the whole training split, so that a teacher and a student on fewer images agree
@@ -897,12 +972,72 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
         held_out = max(1, len(order) // 10)
         measured, order = subset(train, order[:held_out]), order[held_out:]
     if train_images is not None and train_images > len(order):
-        raise ValueError(f"{train_images} training images asked for, {dataset} has {len(order)}")
+        raise UserError(f"{train_images} training images asked for, {dataset} has {len(order)}")
     train = subset(train, order[:train_images].sort().values)
     shared = (class_names, mean.float(), std.float())
-    return (ImageLoader(train, *shared, batch_size, device, shuffle=True, augment=augment,
-                        reflect=reflect, seed=seed),
-            ImageLoader(measured, *shared, 500, device, shuffle=False))
+    train_loader = ImageLoader(train, *shared, batch_size, device, shuffle=True, augment=augment,
+                               reflect=reflect, seed=seed)
+    train_loader.settings = {
+        "data": str(data_dir.resolve()) if dataset == "folder" else dataset, "split": split,
+        "image_size": train.images.shape[1], "train_images": train_images,
+        "images": [len(train.labels), len(measured.labels)], "classes": len(class_names)}
+    return train_loader, ImageLoader(measured, *shared, 500, device, shuffle=False)
+
+
+# ================================================================================================
+# Flags
+# ================================================================================================
+
+
+def limited(kind: type, low: float, high: float, *words: str) -> Callable:
+    """An argparse type: one of the words, or a number from low to high, so neither nan nor inf."""
+    def number(text: str) -> float | str:
+        if text not in words and not low <= kind(text) <= high:
+            raise ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return text if text in words else kind(text)
+    return number
+
+
+def add_data_flags(parser: ArgumentParser) -> None:
+    """The flags of load_data that no recipe gives."""
+    add = parser.add_argument
+    devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    add("--dataset", default="cifar10", help="cinic10, folder: folders of images; shapes: drawn",
+        choices=["cifar10", "cifar100", "cinic10", "folder", "shapes"])
+    add("--data-dir", type=Path, default="data", help="where the data set is")
+    add("--train-images", type=limited(int, 2, 1e9), help="so many, of every class alike")
+    add("--image-size", type=limited(int, 8, 1024), default=32, help="of folders, in pixels")
+    add("--split", default="test", choices=["test", "val"], help="val is for tuning")
+    add("--device", default=devices[0], choices=devices, help="where all is computed")
+
+
+# The entries that every recipe has: what --help says, smallest and largest value.
+RECIPE_FLAGS = {
+    "epochs": ("passes over the training images", 1, 1e5),
+    "batch_size": ("in images", 2, 1e5),
+    "lr": ("learning rate at the start", 1e-9, 1e3),
+    "momentum": ("of SGD", 0, 1),
+    "nesterov": ("Nesterov's form of the momentum", 0, 1),
+    "weight_decay": ("L2 penalty, in the gradient", 0, 1),
+    "milestones": ("parts of the epochs after which the learning rate drops", 0, 1),
+    "lr_decay": ("factor on the learning rate at each milestone", 0, 1),
+    "augment": ("crop and flip at random", 0, 1),
+    "reflect": ("crop from mirrored borders, not from black ones", 0, 1)}
+
+
+def flag_options(key: str, value: object) -> dict:
+    """What argparse is told of a recipe's entry: a switch, a list or a number, by its value."""
+    text, low, high = RECIPE_FLAGS.get(key, ("the method's own", 0, 1e9))
+    if isinstance(value, bool):
+        return dict(help=text, action=BooleanOptionalAction)
+    if isinstance(value, list):
+        return dict(help=text, type=limited(float, low, high), nargs="*")
+    return dict(help=text, type=limited(type(value), low, high))
+
+
+def has_bf16(device: str) -> bool:
+    """Whether autocast to bfloat16 pays: on GPUs that have it."""
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 if __name__ == "__main__":

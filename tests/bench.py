@@ -8,8 +8,8 @@ reference   the same step as known repositories run it: PIL transforms in a Data
 floor       the same step on one batch that lies on the device: no loader, no log
 
 The three take turns; medians and spread (largest less smallest, over the median) of repeats. The
-reference has a process of its own, since fit tells its process to keep freed memory, which known
-repositories do not. Below that, where the time of a floor step goes.
+reference has a process of its own, since load_data tells its process to keep freed memory, which
+known repositories do not. Below that, where the time of a floor step goes.
 """
 import argparse
 import contextlib
@@ -33,14 +33,15 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_loader import Pictures  # noqa: E402
-from common import ImageLoader, Split  # noqa: E402
+from common import ImageLoader, Split, keep_memory, new_model  # noqa: E402
 
 SCRIPTS = ["kd", "at", "atang", "fsp", "overhaul", "skd"]
 CLASSES = [str(n) for n in range(10)]
 # what a command line would give the methods
 OWN = dict(temperature=4.0, kd_weight=0.9, beta=1000.0, gamma=5000.0, margin=1.35, scale=64.0,
            loss="atang", fsp_weight=1e-4, alpha=1e-3, position="pre-relu", distance="partial-l2",
-           layers="all", teacher_bn="batch", fsp_lr=1e-3, fsp_epochs=1)
+           layers="all", teacher_bn="batch", fsp_lr=1e-3, fsp_epochs=1, fsp_milestones=[],
+           shared_stage1=False)
 
 
 def own(script: str) -> dict:
@@ -64,7 +65,7 @@ def wait(device: str) -> None:
 class Contest:
     """One training in its three forms, on the same random pictures."""
 
-    def __init__(self, script: str, of_teacher: bool, options: argparse.Namespace):
+    def __init__(self, script: str, of_teacher: bool, options: argparse.Namespace, keep: bool):
         self.module = importlib.import_module(script)
         self.options, self.of_teacher = options, of_teacher
         count = options.steps * options.batch
@@ -72,18 +73,19 @@ class Contest:
         images = torch.randint(256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
         labels = torch.arange(count) % 10
         self.args = Namespace(**{**own(script), **dict(
-            teacher="wrn16_3", student="wrn16_1", dataset="cifar10", data="random", epochs=1,
-            batch_size=options.batch, lr=1e-3, lr_mobile=None, momentum=0.9, nesterov=False,
-            weight_decay=5e-4, milestones=[], lr_decay=0.1, augment=True, reflect=False, own=[*OWN],
-            image_size=32, train_images=None, split="test", distill_epochs=None, runs=1, seed=0,
-            teacher_epochs=None, teacher_sha256=None, eval=False, dry_run=False,
-            device=options.device, bf16=None, autocast=options.bf16)})
+            teacher="wrn16_3", student="wrn16_1", dataset="cifar10", epochs=1,
+            batch_size=options.batch, lr=1e-3, momentum=0.9, nesterov=False, weight_decay=5e-4,
+            milestones=[], lr_decay=0.1, augment=True, reflect=False, distill_epochs=None,
+            teacher_hash=None, dry_run=False, device=options.device, bf16=None,
+            autocast=options.bf16)})
         middle, std, device = torch.full((3,), 127.0), torch.full((3,), 64.0), options.device
         train = ImageLoader(Split(images, labels), CLASSES, middle, std, options.batch,
                             torch.device(device), shuffle=True, augment=True)
         test = ImageLoader(Split(images[:32], labels[:32]), CLASSES, middle, std, 32,
                            torch.device(device), shuffle=False)
         self.loaders = train, test
+        if keep and device == "cpu":
+            keep_memory()       # as load_data does
         self.plain = DataLoader(Pictures(images.numpy(), labels.tolist()), options.batch,
                                 shuffle=True, num_workers=options.workers,
                                 persistent_workers=options.workers > 0)
@@ -95,8 +97,8 @@ class Contest:
 
     def build(self, memory_format: torch.memory_format) -> tuple:
         module, args = self.module, self.args
-        student, teacher = (module.new_model(name, args, self.loaders, 0).to(
-            memory_format=memory_format) for name in (args.student, args.teacher))
+        student, teacher = (new_model(name, self.loaders[0], 0).to(memory_format=memory_format)
+                            for name in (args.student, args.teacher))
         if self.of_teacher:
             return teacher, module.make_step(teacher, None, args), None
         teacher.eval().requires_grad_(False)
@@ -107,8 +109,7 @@ class Contest:
     def ours(self) -> float:
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
             self.args.out = Path(out)
-            self.module.fit(self.network, self.step, self.loaders, self.args, "bench", 0)
-            log = torch.load(next(Path(out).rglob("last.pt")), weights_only=True)["log"]
+            log = self.module.fit(self.network, self.step, self.loaders, self.args, "bench", 0)
         return log[-1]["images/s"]
 
     def reference(self) -> float:
@@ -169,7 +170,7 @@ def begin(*of: object) -> None:
     """Prepare the reference in a process of its own."""
     global contest
     warnings.simplefilter("ignore")     # of more workers than cores
-    contest = Contest(*of)
+    contest = Contest(*of, keep=False)
 
 
 def reference() -> float:
@@ -198,7 +199,7 @@ def main() -> None:
         "ours", "reference", "floor", "ours/reference", "floor/ours")))
     shares = {}
     for script, of_teacher in [(options.scripts[0], True), *((s, False) for s in options.scripts)]:
-        contest = Contest(script, of_teacher, options)
+        contest = Contest(script, of_teacher, options, keep=True)
         label = "teacher alone" if of_teacher else f"{script}.py"
         speeds = {"ours": [], "reference": [], "floor": []}
         with ProcessPoolExecutor(1, get_context("spawn"), begin,

@@ -27,15 +27,22 @@ class Result:
 
     def refused(self) -> str:
         """The one line of a refusal; fails the test if this is none."""
-        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
+        assert self.code == 1, f"exit code {self.code}\n{self.out}\n{self.err}"
         assert self.err.count("\n") == 1 and self.err.startswith("error: "), self.err
         assert "Traceback" not in self.out + self.err
         return self.err
 
+    def mistyped(self) -> str:
+        """argparse's own last line about a wrong argument; fails the test if this is none."""
+        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
+        *usage, line = self.err.splitlines()
+        assert usage[0].startswith("usage: ") and ": error: " in line, self.err
+        return line
+
 
 @pytest.fixture
 def cli(capsys, monkeypatch):
-    """cli("kd", "--epochs", "2", ...) -> Result: main() of a script, in this process.
+    """cli("kd", "--epochs", "2", ...) -> Result: main() of a script or tool, in this process.
 
     Its accuracies are measured on 200 images, not on 2000, to spare time.
     """
@@ -46,13 +53,15 @@ def cli(capsys, monkeypatch):
     def call(script: str, *flags: object) -> Result:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
         capsys.readouterr()
-        code = 0
+        code, last = 0, ""
         try:
             importlib.import_module(script).main()
         except SystemExit as end:
-            code = end.code
+            code, last = (end.code, "") if isinstance(end.code, int) else (1, f"{end.code}\n")
+        except Exception as error:      # as the last lines of every script do
+            code, last = 1, common.one_line(error) + "\n"
         captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
+        return Result(code, captured.out, captured.err + last)
     return call
 
 

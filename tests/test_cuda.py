@@ -13,7 +13,7 @@ import torch
 from conftest import SCRIPTS
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from common import ImageLoader, Split
+from common import ImageLoader, Split, create_model
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="this torch knows no CUDA")
 
@@ -37,7 +37,7 @@ def first_step(script: str, of_teacher: bool, gpu: torch.device) -> tuple:
                          shuffle=True, augment=True)
     images, labels = next(iter(loader))
     with gpu:
-        student, teacher = (module.create_model(name, 10) for name in ("wrn16_1", "wrn16_3"))
+        student, teacher = (create_model(name, 10) for name in ("wrn16_1", "wrn16_3"))
         teacher.requires_grad_(of_teacher)
         if not of_teacher:
             bench.connect(script, student, teacher, args, images[:2])

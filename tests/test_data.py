@@ -196,7 +196,7 @@ def test_cifar_without_network_says_what_to_do(monkeypatch):
         def __init__(self, *args, **kwargs):
             raise urllib.error.URLError("no route to host")
     monkeypatch.setattr(common.datasets, "CIFAR100", Offline)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(common.UserError) as caught:
         load_data("cifar100", "somewhere", 8, CPU, augment=True, seed=0)
     for part in ("https://host/cifar.tar.gz", "no route", "cifar.tar.gz or the unpacked folder "
                  "cifar-batches in somewhere/", "--dataset shapes"):

@@ -103,9 +103,8 @@ def test_overhaul_is_the_equation():
     assert ours.item() == pytest.approx(total, rel=1e-12)
     plain = sum(((s - t) ** 2).sum() / 2 ** (2 - layer) / len(s)
                 for layer, (s, t) in enumerate(zip(students, teachers)))
-    bare = [torch.full((1,), -math.inf, dtype=torch.float64)] * 3
-    assert overhaul.overhaul_loss(students, teachers, bare, overhaul.l2).item() == pytest.approx(
-        plain.item(), rel=1e-12)
+    every_value = overhaul.overhaul_loss(students, teachers, margins(), partial=False)
+    assert every_value.item() == pytest.approx(plain.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("s, t, loss", [
@@ -195,18 +194,6 @@ def test_the_teacher_on_batch_statistics_drifts_nowhere(name):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours.pre_relu, theirs.pre_relu))
 
 
-def test_similarity_is_table_7s():
-    student, teacher = (common.create_model(name, 10).eval() for name in ("resnet8", "wrn10_1"))
-    _, test = common.load_data("shapes", "", 32, torch.device("cpu"), augment=False, seed=0)
-    kl, ce = overhaul.similarity(student, teacher, test)
-    with torch.no_grad():
-        z, v, y = (torch.cat(parts).double() for parts in zip(
-            *((student(x), teacher(x), labels) for x, labels in test)))
-    p, q = z.softmax(1), v.softmax(1)
-    assert kl == pytest.approx((q * (q.log() - p.log())).sum(1).mean().item(), rel=1e-4)
-    assert ce == pytest.approx(-p.log().gather(1, y.long()[:, None]).mean().item(), rel=1e-4)
-
-
 # --- SKD ----------------------------------------------------------------------------------------
 
 def numpy_spherical(z, scale, center):
@@ -257,6 +244,23 @@ def test_the_constants_of_the_theorems(classes, tau):
     assert (s_gap / printed_1).mean().item() == pytest.approx(0.5, abs=0.01)
     assert (f_gap / printed_2).mean().item() == pytest.approx(1.0, abs=0.01)
     assert torch.allclose(first, s_gap, rtol=0.1) and torch.allclose(second, f_gap, rtol=0.1)
+
+
+def test_the_teachers_deviation_is_the_training_scripts_form():
+    """Each student vector at the unbiased deviation of the teacher's for the same image."""
+    z, v = logits(1), logits(2)
+    aligned = np.array([a / a.std(ddof=1) * b.std(ddof=1) for a, b in zip(z.numpy(), v.numpy())])
+    assert np.allclose(skd.as_teacher(z, v).numpy(), aligned, rtol=1e-12)
+    p, q = numpy_softmax(aligned / TAU), numpy_softmax(v.numpy() / TAU)
+    theirs = TAU ** 2 * (q * (np.log(q) - np.log(p))).sum() / len(z)
+    assert skd.skd_loss(z, v, TAU, "teacher").item() == pytest.approx(theirs, rel=1e-10)
+    longer = skd.skd_loss(7 * z, v, TAU, "teacher").item()
+    assert longer == pytest.approx(theirs, rel=1e-10), "the student's own length does not count"
+    assert abs(skd.skd_loss(z, 2 * v, TAU, "teacher").item() - theirs) > 0.1, "the teacher's does"
+    student, teacher = z.requires_grad_(), v.requires_grad_()
+    skd.skd_loss(student, teacher, TAU, "teacher").backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+    assert torch.autograd.gradcheck(lambda z: skd.skd_loss(z, v.detach(), TAU, "teacher"), student)
 
 
 def test_skd_is_blind_to_length_and_kd_is_not():

@@ -3,7 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-from common import PAIRS, Taps, create_model, model_names, print_networks, shuffle
+from common import (
+    PAIRS, Taps, UserError, check_pair, create_model, load_data, load_weights, model_names,
+    new_model, print_networks, pyramidnet, shuffle, weights_hash)
 
 COUNTS = {      # trainable parameters at 10 and at 100 classes, of the reference classes
     "wrn16_1": (175_066, 180_916), "wrn16_2": (691_674, 703_284),
@@ -161,7 +163,7 @@ def test_the_first_relu_after_a_group_sees_the_pre_relu_map(name, monkeypatch):
     entered = []
 
     def note(activation):
-        return lambda x: (entered.append(x), activation(x))[1]
+        return lambda x, **_: (entered.append(x), activation(x))[1]
 
     for function in ("relu", "relu6"):
         monkeypatch.setattr(torch.nn.functional, function,
@@ -210,7 +212,7 @@ def test_pyramids_grow_by_alpha():
     assert widths == [round(16 + 84 * n / 54) for n in range(1, 55)] and widths[-1] == 100
     block = model.groups[1][0].eval()
     x = torch.randn(2, 44, 8, 8)
-    out, shown = block(x)
+    out, _, shown = block(x)
     y = block.norms[2](block.convs[1](block.norms[1](block.convs[0](shown)).relu()))
     shortcut = torch.nn.functional.avg_pool2d(x, 2)
     assert torch.equal(shown, block.norms[0](x))
@@ -219,9 +221,11 @@ def test_pyramids_grow_by_alpha():
 
 
 @pytest.mark.parametrize("name", ["wrn16_1", "resnet8", "mobilenetv2", "vgg8", "shufflenetv1",
-                                  "shufflenetv2", "pyramidnet110_84"])
+                                  "shufflenetv2", "pyramidnet"])
 def test_forward_compiles_as_one_graph(name):
-    model, x = create_model(name, 10).eval(), torch.randn(2, 3, 16, 16)
+    small = name == "pyramidnet"        # one of 20 layers, to spare time
+    model = pyramidnet(20, 12, False, 10) if small else create_model(name, 10)
+    model, x = model.eval(), torch.randn(2, 3, 16, 16)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         ours, theirs = compiled(x, taps=True), model(x, taps=True)
@@ -243,3 +247,64 @@ def test_keywords_reach_the_network():
     assert create_model("mobilenetv2", 10, dropout=0.5).dropout.p == 0.5
     with pytest.raises(TypeError):
         create_model("wrn16_1", 10, droput=0.5)
+
+
+# --- weights in files, and pairs ----------------------------------------------------------------
+
+def test_weights_are_loaded_whole_or_not_at_all(tmp_path):
+    source, target = create_model("resnet8", 10), create_model("resnet8", 10)
+    weights = source.state_dict()
+    torch.save({"model": weights | {"connectors.0.weight": torch.ones(3)}}, tmp_path / "run.pt")
+    torch.save(weights, tmp_path / "plain.pt")
+    for name in ("run.pt", "plain.pt"):
+        target = create_model("resnet8", 10)
+        load_weights(target, tmp_path / name)
+        assert weights_hash(target) == weights_hash(source)
+    before = weights_hash(target)
+    stem = "stem.0.weight"
+    for wrong, says in (
+            ({**weights, "classifier.weight": torch.ones(7, 64)},
+             "its classifier.weight is (7, 64), not (10, 64)"),
+            ({key: x for key, x in weights.items() if key != stem}, f"its {stem} is missing, not"),
+            ({**weights, "more": torch.ones(1)}, "its more is (1,), not missing"),
+            ({**weights, stem: 5}, f"its {stem} is 5, not"), ({}, "is missing, not"),
+            ([1], "holds a list")):
+        torch.save(wrong, tmp_path / "wrong.pt")
+        with pytest.raises(UserError) as caught:
+            load_weights(target, tmp_path / "wrong.pt")
+        assert says in str(caught.value) and "wrong.pt" in str(caught.value)
+        assert weights_hash(target) == before
+
+
+def test_the_hash_sees_every_weight_and_statistic():
+    network = create_model("wrn10_1", 10)
+    first = weights_hash(network)
+    assert first == weights_hash(network) and len(first) == 64
+    for key, value in network.state_dict().items():
+        if value.is_floating_point():
+            kept = value.clone()
+            value.view(-1)[-1] += 1
+            assert weights_hash(network) != first, key
+            value.copy_(kept)
+    assert first == weights_hash(network)
+
+
+def test_a_seed_makes_one_network():
+    loader = load_data("shapes", "", 32, "cpu", augment=False, seed=0, train_images=100)[0]
+    hashes = [weights_hash(new_model("wrn10_1", loader, seed)) for seed in (0, 0, 1)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    weight = new_model("wrn10_1", loader, 0).groups[1][0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("teacher, student, refused", [
+    ("wrn16_3", "wrn16_1", ""), ("vgg8", "resnet8", "count sizes"),
+    ("wrn10_1", "shufflenetv1", "sizes"), ("resnet50", "mobilenetv2_half", "sizes"),
+    ("mobilenetv2", "resnet20", "")])
+def test_pairs(teacher, student, refused):
+    for alike in ("", "count", "sizes"):
+        if alike and alike in refused:
+            with pytest.raises(UserError, match=f"of {teacher} ends in .* of {student} in"):
+                check_pair(teacher, student, 32, alike)
+        else:
+            check_pair(teacher, student, 32, alike)
