@@ -140,10 +140,7 @@ def quadrants(q: Tensor, height: int, width: int) -> list[Tensor]:
 
 def amd_loss(student_stages: list[Tensor], teacher_stages: list[Tensor], margin: float = 1.35,
              scale: float = 64.0, local: bool = False) -> Tensor:
-    """AMD (departure 5): as atang_loss, but a pair's distance is amd_distance.
-
-    local: 0.8 of that, and 0.2 of its mean over the quadrants of maps larger than 1x1.
-    """
+    """AMD (departure 5): mean of amd_distance; local: 0.8 of it, 0.2 of its quadrants' mean."""
     pairs = []
     for student, teacher in zip(student_stages, teacher_stages, strict=True):
         q_student, q_teacher = attention_map(student), attention_map(teacher.detach())
