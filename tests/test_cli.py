@@ -379,6 +379,15 @@ def test_the_last_lines_have_gain_mean_and_deviation(cli, out):
     assert "--baseline" in more[-1], "a baseline of three seeds is none of four"
 
 
+def test_a_seed_alone_is_that_seed_among_others(cli, tmp_path):
+    """Weights, order and crops follow a run's own seed; the teacher's is 0 whatever --seed says."""
+    assert cli("kd", *SMALL, "--epochs", "1", "--runs", "2", "--out", tmp_path / "both").code == 0
+    assert cli("kd", *SMALL, "--epochs", "1", "--seed", "1", "--out", tmp_path / "one").code == 0
+    for folder in ("shapes/baseline/wrn10_1/seed0", "shapes/kd/wrn10_1-resnet8/seed1"):
+        assert equal_bits(result_of(tmp_path / "both" / folder),
+                          result_of(tmp_path / "one" / folder)), folder
+
+
 def test_the_gain_wants_a_baseline_of_the_same_settings(cli, out):
     flags = [*SMALL, "--out", out]
     assert cli("kd", *flags, "--baseline", "--lr", "0.05").code == 0
