@@ -631,8 +631,9 @@ def read_log(folder: Path) -> list[dict]:
     """The log of a run, its header first; empty where there is none, or none of ours."""
     try:
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        return log if log and all("settings" in log[0] and "test" in row for row in log[1:]) else []
-    except (OSError, ValueError, TypeError):
+        whole = "settings" in log[0] and all("test" in row for row in log[1:])
+        return log if whole else []
+    except (OSError, ValueError, TypeError, IndexError):
         return []
 
 

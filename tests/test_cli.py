@@ -786,7 +786,8 @@ def test_a_damaged_log_of_the_baseline_costs_only_the_gain(cli, out):
     assert cli("kd", *flags, "--baseline").code == 0
     log = out / "shapes/baseline/resnet8/seed0/log.jsonl"
     whole = log.read_text()
-    for text in ("", "{", "3\n4\n", '{"a": 1}\n{"b": 2}\n', whole[:len(whole) // 2]):
+    for text in ("", "{", "3\n", "3\n4\n", '{"a": 1}\n', '{"a": 1}\n{"b": 2}\n',
+                 whole[:len(whole) // 2]):
         log.write_text(text)
         assert "--baseline" in cli("kd", *flags).out.splitlines()[-1]
         assert cli("reproduce", "--table", out).code == 0
