@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "common"]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 sys.dont_write_bytecode = True
 common = importlib.import_module("common")
 common.draw_shapes = functools.lru_cache(common.draw_shapes)    # the same pictures for every test
