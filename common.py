@@ -790,9 +790,9 @@ def outlines(u: Tensor, v: Tensor) -> Tensor:
 def draw_shapes(count: int, seed: int, size: int = 16) -> Split:
     """`count` pictures of one shape each, the ten classes in turn.
 
-    Each shape is morphed by up to 30 % into one of another class, turned, shifted, scaled and
-    coloured at random, and lies on a striped background with two distracting bars and noise. The
-    morphs make the classes similar by degrees: this is what a teacher's soft labels can tell.
+    Each shape is morphed by up to 42 % into one of another class, turned by up to 0.5 rad, shifted,
+    scaled and coloured at random, and lies on a striped background with two distracting bars and
+    noise. The morphs make the classes similar by degrees: this is what soft labels can tell.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -802,10 +802,10 @@ def draw_shapes(count: int, seed: int, size: int = 16) -> Split:
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
 
-    def place(scale: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    def place(scale: Tensor, reach: float, most: float) -> tuple[Tensor, Tensor]:
         """Pixel coordinates seen from an object of this scale, shifted and turned at random."""
         dx, dy = (x - uniform(-reach, reach)) / scale, (y - uniform(-reach, reach)) / scale
-        turn = uniform(0, 2 * math.pi)
+        turn = uniform(-most, most)
         return dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
 
     def paint(images: Tensor, field: Tensor, scale: Tensor, colour: Tensor) -> Tensor:
@@ -816,24 +816,24 @@ def draw_shapes(count: int, seed: int, size: int = 16) -> Split:
     stripes = torch.sin(uniform(-4, 4) * x + uniform(-4, 4) * y + uniform(0, 2 * math.pi))[:, None]
     images = torch.lerp(uniform(0, 1, 3), uniform(0, 1, 3), 0.5 + 0.5 * stripes)
     for _ in range(2):
-        scale = uniform(0.10, 0.35)
-        u, v = place(scale, reach=1.0)
+        scale = uniform(0.10, 0.25)
+        u, v = place(scale, reach=1.0, most=math.pi)
         bar = torch.maximum(u.abs() - 1.0, v.abs() - uniform(0.2, 0.8))
         images = paint(images, bar, scale, uniform(0, 1, 3))
 
     labels = torch.arange(count) % 10
     other = (labels + torch.randint(1, 10, (count,), generator=generator)) % 10
     scale = uniform(0.77, 0.98)
-    fields = outlines(*place(scale, reach=0.35))
+    fields = outlines(*place(scale, reach=0.25, most=0.5))
     each = torch.arange(count)
-    field = torch.lerp(fields[each, labels], fields[each, other], uniform(0, 0.3))
+    field = torch.lerp(fields[each, labels], fields[each, other], uniform(0, 0.42))
     masks = field < 0
-    # the object differs from what it covers by at least 0.6 in colour
+    # the object differs from what it covers by at least 0.8 in colour
     behind = (images * masks[:, None]).sum((2, 3), keepdim=True)
     behind = behind / masks[:, None].sum((2, 3), keepdim=True).clamp(min=1)
     contrast = uniform(0, 1, 3) - behind
     distance = contrast.norm(dim=1, keepdim=True).clamp(min=1e-3)
-    images = paint(images, field, scale, behind + contrast / distance * distance.clamp(min=0.6))
+    images = paint(images, field, scale, behind + contrast / distance * distance.clamp(min=0.8))
     images = images + 0.04 * torch.randn(images.shape, generator=generator)
     images = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
     return Split(images, labels, masks)

@@ -19,8 +19,8 @@ learns from the teacher's soft labels and, with the rest of the weight, from the
     v        teacher_logits    (N, K)         lambda   kd_weight        0.9
 
 Run:
-    python kd.py --dataset shapes --baseline               the student alone: 73.9 % (5 seeds)
-    python kd.py --dataset shapes                          5 minutes, 2 CPU cores: 73.6 % (5 seeds)
+    python kd.py --dataset shapes --baseline               the student alone: 82.1 % (5 seeds)
+    python kd.py --dataset shapes                          5 minutes, 2 CPU cores: 85.4 % (5 seeds)
     python kd.py --teacher wrn16_3 --student wrn16_1       CIFAR-10, 200 epochs, a GPU
 
 Departures from the paper and from known code:
@@ -63,9 +63,13 @@ RECIPES = {
                     temperature=16.0, kd_weight=0.6),
     # Tian et al. 2020 (CRD)
     "cifar100": dict(CRD, temperature=4.0, kd_weight=0.9),
+    # the rows of Heo et al. 2019 (the overhaul), Table 3; their own constants are not stated
+    "cifar100-heo": dict(epochs=200, batch_size=128, lr=0.1, momentum=0.9, nesterov=True,
+                         weight_decay=5e-4, milestones=[100 / 200, 150 / 200], lr_decay=0.1,
+                         augment=True, reflect=True, temperature=4.0, kd_weight=0.9),
     # ours, found on the validation split
-    "shapes": dict(JEON, epochs=20, batch_size=32, weight_decay=5e-4, milestones=[0.6, 0.8, 0.95],
-                   augment=True, temperature=2.0, kd_weight=0.9),
+    "shapes": dict(JEON, epochs=15, batch_size=32, lr=0.05, weight_decay=5e-4,
+                   milestones=[0.6, 0.8, 0.95], augment=True, temperature=4.0, kd_weight=0.9),
 }
 RECIPES["folder"] = RECIPES["cifar10"]
 # What argparse is told of the method's own entries.

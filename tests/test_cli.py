@@ -59,7 +59,7 @@ def test_a_run_from_nothing(script, cli, tmp_path):
         assert all(row[term] > 0 for term in TERMS[script])
         assert list(row)[1:1 + len(TERMS[script])] == TERMS[script]
         assert 0 <= row["train"] <= 100 and 0 <= row["test"] <= 100 and row["images/s"] > 0
-    assert [row["lr"] for row in log] == pytest.approx([0.1, 0.02])     # milestone 0.6
+    assert [row["lr"] for row in log] == pytest.approx([0.05, 0.01])     # milestone 0.6
     assert header["command"][1:] == list(map(str, [*SMALL, "--out", out, *METHODS[script]]))
     assert header["versions"] == f"{torch.__version__} cpu"
     # what stands in the log is true of what is kept
@@ -123,7 +123,7 @@ def test_fsp_stages(cli, out):
     assert stage1["log"][1]["fsp"] < stage1["log"][0]["fsp"]
     assert [row["lr"] for row in stage1["log"]] == pytest.approx([1e-3, 2e-4])
     stage2 = rows(out / "shapes/fsp/wrn10_1-resnet8/seed0")[1:]
-    assert [row["lr"] for row in stage2] == pytest.approx([0.1, 0.02])
+    assert [row["lr"] for row in stage2] == pytest.approx([0.05, 0.01])
     assert all(list(row)[1:3] == ["ce", "lr"] for row in stage2)
 
 
@@ -303,14 +303,14 @@ def test_measurements_of_finished_runs(cli, out, tmp_path):
     together = (z[0].softmax(1) + z[1].softmax(1)).argmax(1) == labels
     assert last == (f"average {sum(tests) / 2:.2f} %, "
                     f"ensemble {100 * together.double().mean().item():.2f} %")
-    gaps = reproduce.gaps(z[0], v, 2.0)
-    p, q = ((x / 2).softmax(1) for x in (z[0], v))
+    gaps = reproduce.gaps(z[0], v, 4.0)
+    p, q = ((x / 4).softmax(1) for x in (z[0], v))
     assert gaps["G_entropy"] == pytest.approx(
         ((q * q.log()).sum(1) - (p * p.log()).sum(1)).mean().item())
-    raw = 2 * ((v / 2).exp().sum(1).log() - (z[0] / 2).exp().sum(1).log()).mean().item()
+    raw = 4 * ((v / 4).exp().sum(1).log() - (z[0] / 4).exp().sum(1).log()).mean().item()
     shift = (v.mean(1) - z[0].mean(1)).mean().item()
     assert gaps["G_f"] == pytest.approx(raw) and gaps["G_f centred"] == pytest.approx(raw - shift)
-    cells = lines[3].split()        # the header, then tau 1 and tau 2 of the first run
+    cells = lines[3].split()        # the header, then tau 1 and tau 4 of the first run
     assert cells[:2] == ["kd/wrn10_1-resnet8/seed0", "1"]
     assert lines[4].split()[4] == f"{gaps['G_entropy']:.4f}"
     for script in ("kd", "overhaul"):
@@ -390,7 +390,7 @@ def test_a_seed_alone_is_that_seed_among_others(cli, tmp_path):
 
 def test_the_gain_wants_a_baseline_of_the_same_settings(cli, out):
     flags = [*SMALL, "--out", out]
-    assert cli("kd", *flags, "--baseline", "--lr", "0.05").code == 0
+    assert cli("kd", *flags, "--baseline", "--lr", "0.1").code == 0
     assert "--baseline" in cli("kd", *flags).out.splitlines()[-1]
 
 
@@ -442,8 +442,8 @@ def test_early_stopped_kd(cli, tmp_path):
     assert cli("kd", *flags).code == 0
     teacher = rows(out / "shapes/baseline/wrn10_1-2/seed0")[1:]     # beside the whole one's folder
     student = rows(out / "shapes/kd/wrn10_1-resnet8/seed0")[1:]
-    assert len(teacher) == 2 and [row["lr"] for row in teacher] == [0.1, 0.1]
-    assert [row["lr"] for row in student] == pytest.approx([0.1, 0.1, 0.1, 0.02, 0.004])
+    assert len(teacher) == 2 and [row["lr"] for row in teacher] == [0.05, 0.05]
+    assert [row["lr"] for row in student] == pytest.approx([0.05, 0.05, 0.05, 0.01, 0.002])
     assert ["kd" in row for row in student] == [True, True, True, False, False]
     full = tmp_path / "full"
     assert cli("kd", *SMALL, "--epochs", "5", "--out", full).code == 0
@@ -746,7 +746,7 @@ def test_a_full_disk_loses_nothing(cli, out, monkeypatch):
 def test_refused_other_settings(cli, out):
     flags = [*SMALL, "--out", out]
     assert cli("atang", *flags).code == 0
-    for other, says in (("--margin 1.5", "margin 1.35, now 1.5"), ("--lr 0.2", "lr 0.1, now 0.2"),
+    for other, says in (("--margin 1.5", "margin 1.35, now 1.5"), ("--lr 0.2", "lr 0.05, now 0.2"),
                         ("--epochs 3", "epochs 2, now 3"), ("--split val", "split test, now val"),
                         ("--train-images 200", "train_images 192, now 200")):
         assert says in cli("atang", *flags, *other.split()).refused()
