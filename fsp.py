@@ -27,7 +27,8 @@ Departures from the papers and from known code:
     trained in stage 1 and dropped before stage 2, with its share of what was learnt.
  2. Eq. 2 sums over the entries of a matrix, and so does this file. All lambda_i are equal, which is
     all the papers say: 1 here where the widths are equal; 0.01 where they differ, since the sum
-    over a WRN16-3's 48 to 192 channels diverges with 1. Known code (RepDistiller, KD-Zoo) averages
+    over a WRN16-3's 48 to 192 channels diverges with 1; from a teacher well trained on CIFAR-10 it
+    diverges with 0.01 too: --fsp-weight 0.001. Known code (RepDistiller, KD-Zoo) averages
     over the entries.
  3. "Three sections" is all that is said of the layers. F1 is the output of a section's first block
     here, F2 of its last. A section of one block has no other first map than the one inside the

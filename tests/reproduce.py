@@ -835,9 +835,7 @@ def measure(runs: list[Path], data_dir: Path) -> None:
             rows.append(["/".join(run.parts[-3:]), f"{temperature:g}",
                          *(f"{value:.4f}" for value in values.values())])
     if rows:
-        names = ["S student", "S teacher", "G_entropy", "theorem 1", "F student", "F teacher",
-                 "G_f", "G_f centred", "theorem 2"]
-        print_aligned([["run", "tau", *names], *rows])
+        print_aligned([["run", "tau", *values], *rows])
     if len(runs) > 1:
         print(f"average {mean(one.accuracy for one in measured):.2f} %, "
               f"ensemble {ensemble(measured):.2f} %")
