@@ -73,6 +73,15 @@ def shell(script: str, *flags: object, home: Path = ROOT, cwd: Path = ROOT, **kw
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+def assert_equation(name: str, ours: torch.Tensor, theirs: float, rel: float) -> None:
+    """A loss against its equation read once more, with a message for who writes the loss."""
+    __tracebackhide__ = True
+    assert ours.dtype == torch.float64, f"{name}: float64 goes in, {ours.dtype} comes out"
+    assert ours.item() == pytest.approx(theirs, rel=rel), (
+        f"{name} gives {ours.item():.6g}, its equation {theirs:.6g}: {ours.item() / theirs:.4g} "
+        f"times as much. Sum or mean, over which axes, which of the two first: its docstring says")
+
+
 def state(folder: Path, name: str = "last.pt") -> dict:
     return torch.load(folder / name, map_location="cpu", weights_only=True)
 

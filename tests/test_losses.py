@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_equation
 
 import at
 import atang
@@ -114,15 +115,13 @@ def arrays(maps):
 
 @pytest.mark.parametrize("tau", [1.0, 4.0, 16.0])
 def test_kd_is_the_equation(tau):
-    ours = kd.kd_loss(logits(1), logits(2), tau)
-    assert ours.dtype == torch.float64
     theirs = numpy_kd(logits(1).numpy(), logits(2).numpy(), tau)
-    assert ours.item() == pytest.approx(theirs, rel=1e-12)
+    assert_equation("kd_loss", kd.kd_loss(logits(1), logits(2), tau), theirs, 1e-12)
 
 
 def test_at_is_the_equation():
-    assert at.at_loss(STUDENT, TEACHER).item() == pytest.approx(
-        numpy_at(arrays(STUDENT), arrays(TEACHER)), rel=1e-12)
+    theirs = numpy_at(arrays(STUDENT), arrays(TEACHER))
+    assert_equation("at_loss", at.at_loss(STUDENT, TEACHER), theirs, 1e-12)
 
 
 @pytest.mark.parametrize("p", [1, 2, 3])
@@ -136,7 +135,7 @@ def test_at_map_is_the_equation(p):
 def test_atang_is_the_equation(margin, scale):
     ours = atang.atang_loss(STUDENT, TEACHER, margin, scale)
     theirs = numpy_atang(arrays(STUDENT), arrays(TEACHER), margin, scale)
-    assert ours.item() == pytest.approx(theirs, rel=1e-9)
+    assert_equation("atang_loss", ours, theirs, 1e-9)
     q = atang.attention_map(STUDENT[1])
     expected = [numpy_features(numpy_q(x), margin, scale)[0] for x in STUDENT[1].numpy()]
     assert np.allclose(atang.angular_map(q, margin, scale).numpy(), expected, rtol=1e-9)
@@ -148,7 +147,7 @@ def test_amd_is_the_equation(local, sizes):
     students, teachers = features(1, sizes=sizes), features(2, sizes=sizes, channels=(6, 2, 7))
     ours = atang.amd_loss(students, teachers, MARGIN, SCALE, local=local)
     theirs = numpy_amd(arrays(students), arrays(teachers), MARGIN, SCALE, local)
-    assert ours.item() == pytest.approx(theirs, rel=1e-9)
+    assert_equation("amd_loss", ours, theirs, 1e-9)
 
 
 # --- the scale, by number -----------------------------------------------------------------------

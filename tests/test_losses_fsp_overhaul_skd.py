@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import assert_equation
 from test_losses import features, logits, numpy_softmax
 from torch import nn
 
@@ -42,7 +43,7 @@ def test_fsp_is_the_equation():
         difference = (numpy_fsp_matrix(*(x.numpy() for x in ours))
                       - numpy_fsp_matrix(*(x.numpy() for x in theirs)))
         total += (difference ** 2).sum() / len(difference)
-    assert fsp.fsp_loss(students, teachers).item() == pytest.approx(total, rel=1e-12)
+    assert_equation("fsp_loss", fsp.fsp_loss(students, teachers), total, 1e-12)
 
 
 def test_fsp_matrix_by_number():
@@ -100,7 +101,7 @@ def test_overhaul_is_the_equation():
         target = numpy_margin_relu(t.numpy(), m.numpy())
         total += numpy_partial_l2(s.numpy(), target) / 2 ** (2 - layer) / len(s)
     ours = overhaul.overhaul_loss(students, teachers, margins())
-    assert ours.item() == pytest.approx(total, rel=1e-12)
+    assert_equation("overhaul_loss", ours, total, 1e-12)
     plain = sum(((s - t) ** 2).sum() / 2 ** (2 - layer) / len(s)
                 for layer, (s, t) in enumerate(zip(students, teachers)))
     every_value = overhaul.overhaul_loss(students, teachers, margins(), partial=False)
@@ -211,7 +212,7 @@ def test_skd_is_the_equation(scale, center):
     q = numpy_softmax(numpy_spherical(v, scale, center) / TAU)
     theirs = TAU ** 2 * (q * (np.log(q) - np.log(p))).sum() / len(z)
     ours = skd.skd_loss(logits(1), logits(2), TAU, scale, center)
-    assert ours.item() == pytest.approx(theirs, rel=1e-10)
+    assert_equation("skd_loss", ours, theirs, 1e-10)
 
 
 def test_the_default_is_the_codes_layer_norm():
