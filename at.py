@@ -44,8 +44,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (ImageLoader, UserError, add_data_flags, begin_run, check_pair, flag_options,
-                    full, has_bf16, limited, load_data, load_weights, new_model, one_line,
-                    read_log, read_run, weights_hash, write_run)
+                    full, has_bf16, join_processes, limited, load_data, load_weights, new_model,
+                    one_line, processes, read_log, read_run, share_statistics, summed,
+                    weights_hash, write_run)
 
 # Milestones are fractions of --epochs: the schedule keeps its shape when the run gets shorter.
 JEON = dict(batch_size=128, lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4, lr_decay=0.2,
@@ -64,6 +65,9 @@ RECIPES = {
                        temperature=4.0, kd_weight=0.0, beta=1000.0),
     # Tian et al. 2020 (CRD)
     "cifar100": dict(CRD, temperature=4.0, kd_weight=0.0, beta=1000.0),
+    # the authors' code, ResNet18 from ResNet34: AT alone
+    "imagenet": dict(CRD, epochs=100, batch_size=256, lr=0.1, weight_decay=1e-4, temperature=4.0,
+                     milestones=[0.3, 0.6, 0.9], kd_weight=0.0, beta=1000.0),
     # the rows of Heo et al. 2019 (the overhaul), Table 3; their own constants are not stated
     "cifar100-heo": dict(epochs=200, batch_size=128, lr=0.1, momentum=0.9, nesterov=True,
                          weight_decay=5e-4, milestones=[100 / 200, 150 / 200], lr_decay=0.1,
@@ -137,6 +141,7 @@ def make_step(student: nn.Module, teacher: nn.Module | None, args: Namespace) ->
 # --- shared: command line ---
 def prepare(alike: str = "") -> tuple[Namespace, tuple[ImageLoader, ImageLoader]]:
     """The command line, and the loaders; `alike`: what check_pair wants of the two networks."""
+    join_processes()
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, add_help=False,
                             formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -151,6 +156,7 @@ def prepare(alike: str = "") -> tuple[Namespace, tuple[ImageLoader, ImageLoader]
     add("--seed", type=limited(int, 0, 1e9), default=0, help="of the first student")
     add("--runs", type=limited(int, 1, 1e3), default=1, help="students, seed after seed")
     add("--dry-run", action="store_true", help="two steps of each training, nothing is kept")
+    add("--compile", action="store_true", help="torch.compile the step of the training")
     add("--bf16", action=BooleanOptionalAction, help="autocast; None: on GPUs that have it")
     add("--out", type=Path, default="runs", help="the folder of all runs")
     known, _ = parser.parse_known_args()
@@ -165,7 +171,7 @@ def prepare(alike: str = "") -> tuple[Namespace, tuple[ImageLoader, ImageLoader]
         parser.error(f"--teacher-epochs and --distill-epochs: at most the {args.epochs} epochs")
     args.autocast = has_bf16(args.device) if args.bf16 is None else args.bf16
     check_pair(args.teacher, args.student, args.image_size, "" if args.baseline else alike)
-    names = ("augment", "seed", "reflect", "image_size", "train_images", "split")
+    names = ("augment", "seed", "reflect", "image_size", "train_images", "split", "workers")
     return args, load_data(args.dataset, args.data_dir, args.batch_size, args.device,
                            **{name: getattr(args, name) for name in names})
 # --- end shared ---
@@ -176,9 +182,23 @@ def prepare(alike: str = "") -> tuple[Namespace, tuple[ImageLoader, ImageLoader]
 def evaluate(model: nn.Module, loader: ImageLoader, args: Namespace) -> float:
     """Accuracy in per cent, in eval mode."""
     model.eval()
+    right = torch.zeros(1, device=args.device)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
-        right = torch.cat([model(images).argmax(1) == labels for images, labels in loader])
-    return 100 * right.sum().item() / len(right)
+        for images, labels in loader:
+            right += (model(images).argmax(1) == labels).sum()
+    return 100 * summed(right).item() / len(loader.labels)
+
+
+def wrap_step(model: nn.Module, step: Callable, args: Namespace) -> Callable:
+    """The step, compiled with --compile; under torchrun with gradients averaged over processes."""
+    if args.compile:
+        mode = "reduce-overhead" if args.device == "cuda" else "default"
+        step = torch.compile(step, fullgraph=True, mode=mode)
+    if processes()[1] == 1:
+        return step
+    module = nn.Module()
+    module.model, module.forward = model.to(memory_format=torch.channels_last), step
+    return nn.parallel.DistributedDataParallel(module)
 
 
 def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, run: str, seed: int,
@@ -188,6 +208,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, run: 
     A run kept in its folder goes on after its last epoch, to the same bits; `stop` ends it early.
     """
     train_loader, test_loader = loaders
+    rank, count = processes()
     decisive = ["autocast", *(key for key in RECIPES["folder"] if key not in OWN)]
     if not run.startswith("baseline/"):
         decisive += [*OWN, "distill_epochs", "teacher_hash"]
@@ -206,8 +227,9 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, run: 
         begin_run(folder, Path(__file__))
     steps = min(2, len(train_loader)) if args.dry_run else len(train_loader)
     last = 1 if args.dry_run else stop or args.epochs
+    step = wrap_step(model, step, args)
     for epoch in range(len(log), last + 1):     # the log's first entry is its header
-        torch.manual_seed(seed * 1_000_003 + epoch)     # for dropout: no state to keep
+        torch.manual_seed((seed * 1_000_003 + epoch) * count + rank)    # for dropout
         train_loader.set_epoch(epoch, seed)
         drops = sum(epoch > max(1, round(part * args.epochs)) for part in args.milestones)
         optimizer.param_groups[0]["lr"] = lr = args.lr * args.lr_decay ** drops
@@ -221,9 +243,9 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, run: 
             optimizer.step()
             values = torch.stack([*terms.values(), (logits.argmax(1) == labels).float().mean()])
             sums = sums + len(labels) * values.detach()
-            seen += len(labels)
+            seen += count * len(labels)
             if index % 50 == 1 or index == steps:       # only here the host waits for the device
-                *means, train = (sums / seen).tolist()
+                *means, train = summed(sums / seen).tolist()
                 line = ", ".join(f"{name} {value:.4g}" for name, value in zip(terms, means))
                 if not math.isfinite(sum(means)):
                     raise UserError(f"epoch {epoch}, step {index}: the loss is not finite ({line}):"
@@ -231,6 +253,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, run: 
                 if sys.stdout.isatty():
                     print(f"epoch {epoch}, step {index}/{steps}: {line}  ", end="\r", flush=True)
         speed = seen / (time.perf_counter() - start)
+        share_statistics(model)
         log.append({"epoch": epoch, **dict(zip(terms, means)), "lr": lr, "train": 100 * train,
                     "test": evaluate(model, test_loader, args), "images/s": speed,
                     "seconds": time.perf_counter() - start})

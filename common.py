@@ -19,17 +19,28 @@ import platform
 import re
 import shutil
 import sys
+import time
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader
 from torchvision import datasets
+from torchvision.models import get_weight
+from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor, resize
+
+try:
+    from torchvision.io import decode_image
+except ImportError:     # torchvision announces that it will go; PIL takes half as long again
+    decode_image = None
 
 
 class UserError(ValueError):
@@ -38,8 +49,21 @@ class UserError(ValueError):
 
 def one_line(error: Exception) -> str:
     """What a user can mend, in one line; any other error is raised again, traceback and all."""
+    lost = isinstance(error, RuntimeError) and re.search("by peer|gloo|NCCL", str(error))
+    if int(os.environ.get("RANK", 0)) > 0 or lost:
+        time.sleep(3)       # torchrun ends this process where another one has said it all
+        sys.stderr = sys.__stderr__
+    if lost:
+        reason = str(error).splitlines()[0][:200]
+        return (f"error: another process of this run has ended or cannot be reached ({reason}); "
+                f"the same command goes on from there")
     if "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
         return "error: out of memory: choose a smaller --batch-size, --image-size or network"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = str(error).strip().splitlines()[0][:200]
+        return f"error: torch.compile failed ({reason}): go on without --compile"
+    if str(error).startswith("DataLoader worker"):
+        return "error: a process that decodes images was killed: choose fewer --workers"
     if isinstance(error, UserError | OSError):
         return " ".join(f"error: {error}".split())
     raise error
@@ -48,6 +72,74 @@ def one_line(error: Exception) -> str:
 def full(x: Tensor) -> Tensor:
     """float16 and bfloat16 to float32; float32 and float64 stay what they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ================================================================================================
+# Several processes, as torchrun starts them
+# ================================================================================================
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process, and of how many that train together: 0 and 1 without torchrun."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def join_processes() -> None:
+    """Under torchrun, meet the other processes, one GPU each; only the first one prints."""
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or distributed.is_initialized():
+        return
+    if int(os.environ["RANK"]) > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if 0 < gpus < here and "cpu" not in " ".join(sys.argv):
+        raise UserError(f"{here} processes for {gpus} GPUs: start one for each, or add "
+                        f"--device cpu")
+    if here <= gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        # gloo for what lies on the CPU, nccl on GPUs; long enough to decode a large folder
+        distributed.init_process_group(timeout=timedelta(hours=3))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes cannot meet ({str(error).splitlines()[0][:200]}): start "
+                        f"them by torchrun, with another --master-port") from None
+    lines = [None] * processes()[1]
+    distributed.all_gather_object(lines, sys.argv[1:])
+    for number, line in enumerate(lines):
+        if line != lines[0]:
+            raise UserError(f"process {number} was started with other arguments than the first "
+                            f"one: {' '.join(line)}")
+
+
+def in_turn(read: Callable) -> object:
+    """read() in the first process, then in the others: what it leaves on the disk is made once."""
+    first = processes()[0] == 0
+    if not first:
+        wait_for_all()
+    try:
+        return read()
+    finally:
+        if first:
+            wait_for_all()
+
+
+def wait_for_all() -> None:
+    """A barrier; of a tensor on the CPU, so that gloo does it wherever the training is."""
+    summed(torch.zeros(1))
+
+
+def summed(x: Tensor) -> Tensor:
+    """Added up over all processes, in place."""
+    if processes()[1] > 1:
+        distributed.all_reduce(x)
+    return x
+
+
+def share_statistics(model: nn.Module) -> None:
+    """BatchNorm's running statistics become the first process's in all, as before every step."""
+    for buffer in model.buffers() if processes()[1] > 1 else ():
+        distributed.broadcast(buffer, 0)
 
 
 # ================================================================================================
@@ -209,14 +301,19 @@ class Bottleneck(nn.Module):
         return F.relu(total), inner, total
 
 
-def resnet(block: type, counts: list[int], channels: list[int], num_classes: int) -> Network:
-    """Residual network for small images (He et al. 2016), with 1x1 convolution shortcuts.
+def resnet(block: type, counts: list[int], channels: list[int], num_classes: int,
+           imagenet: bool = False) -> Network:
+    """Residual network (He et al. 2016), with 1x1 convolution shortcuts.
 
     resnet20: depth 6n + 2 in three groups of n basic blocks, 16 to 64 channels; resnet8x4: four
     times as wide, with a stem of 32 channels; resnet50: four groups of bottlenecks.
+    imagenet: torchvision's networks, whose stem makes the image four times smaller.
     """
     stem = nn.Sequential(nn.Conv2d(3, channels[0], 3, 1, 1, bias=False),
                          nn.BatchNorm2d(channels[0]), nn.ReLU())
+    if imagenet:
+        stem[0] = nn.Conv2d(3, channels[0], 7, 2, 3, bias=False)
+        stem.append(nn.MaxPool2d(3, 2, 1))
     groups = nn.ModuleList()
     for number, count in enumerate(counts):
         groups.append(group_of(block, count, channels[number], channels[number + 1],
@@ -466,7 +563,40 @@ def shufflenet(version: int, num_classes: int) -> Network:
     return Network(stem, groups, head, channels[1:], norms, num_classes)
 
 
-# The pairs of networks, teacher and student, of the papers' tables on small images.
+class DepthwiseBlock(nn.Module):
+    """3x3 depthwise - BatchNorm - ReLU - 1x1 - BatchNorm - ReLU, without a shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels_in, channels_in, 3, stride, 1, groups=channels_in,
+                                   bias=False)
+        self.norm1 = nn.BatchNorm2d(channels_in)
+        self.pointwise = nn.Conv2d(channels_in, channels_out, 1, bias=False)
+        self.last_norm = nn.BatchNorm2d(channels_out)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inner = F.relu(self.norm1(self.depthwise(x)))
+        normed = self.last_norm(self.pointwise(inner))
+        return F.relu(normed), inner, normed
+
+
+def mobilenet(num_classes: int) -> Network:
+    """MobileNet (Howard et al. 2017) for ImageNet, 4.2M weights, maps of 56 to 7 pixels.
+
+    The first block, at half of the image's size, belongs to the stem: the four groups end where the
+    overhaul's code distils, after its layers 3, 5, 11 and 13.
+    """
+    stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+                         nn.Conv2d(32, 32, 3, 1, 1, groups=32, bias=False), nn.BatchNorm2d(32),
+                         nn.ReLU(), nn.Conv2d(32, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+    groups, channels = nn.ModuleList(), [64, 128, 256, 512, 1024]
+    for number, count in enumerate((2, 2, 6, 2)):
+        groups.append(group_of(DepthwiseBlock, count, channels[number], channels[number + 1], 2))
+    norms = [group[-1].last_norm for group in groups]
+    return Network(stem, groups, None, channels[1:], norms, num_classes)
+
+
+# The pairs of networks, teacher and student, of the papers' tables.
 PAIRS = {
     "ATang, Tables 2 to 4 (CIFAR-10, CINIC-10)": [
         ("wrn16_3", "wrn16_1"), ("wrn28_3", "wrn16_1"), ("wrn28_3", "wrn16_3"),
@@ -479,6 +609,8 @@ PAIRS = {
         ("wrn28_4", "wrn16_4"), ("wrn28_4", "wrn28_2"), ("wrn28_4", "wrn16_2"),
         ("wrn28_4", "resnet56"), ("pyramidnet200_240", "wrn28_4"),
         ("pyramidnet200_240", "pyramidnet110_84")],
+    "Overhaul, Table 4 (ImageNet)": [
+        ("imagenet_resnet152", "imagenet_resnet50"), ("imagenet_resnet50", "imagenet_mobilenet")],
     "SKD, Table 3 (CIFAR-100)": [
         ("wrn40_2", "wrn16_2"), ("wrn40_2", "wrn40_1"), ("resnet56", "resnet20"),
         ("resnet110", "resnet20"), ("resnet110", "resnet32"), ("resnet32x4", "resnet8x4"),
@@ -486,8 +618,15 @@ PAIRS = {
     "SKD, Table 4 (CIFAR-100), unlike networks": [
         ("resnet50", "mobilenetv2_half"), ("resnet50", "vgg8"), ("resnet32x4", "shufflenetv1"),
         ("resnet32x4", "shufflenetv2"), ("wrn40_2", "shufflenetv1")],
+    "SKD, Tables 5 and 6 (ImageNet)": [
+        (f"imagenet_resnet{depth}", "imagenet_resnet18") for depth in (34, 50, 101, 152)],
     "SKD, Table 7 (CIFAR-100), growing teachers": [
         (f"resnet{depth}", "resnet14") for depth in (20, 32, 44, 56, 110)]}
+
+# ImageNet's ResNets, by depth: the block, and how many of them in each group.
+IMAGENET = {"18": (BasicBlock, [2, 2, 2, 2]), "34": (BasicBlock, [3, 4, 6, 3]),
+            "50": (Bottleneck, [3, 4, 6, 3]), "101": (Bottleneck, [3, 4, 23, 3]),
+            "152": (Bottleneck, [3, 8, 36, 3])}
 
 
 def create_model(name: str, num_classes: int, **kw) -> nn.Module:
@@ -500,6 +639,11 @@ def create_model(name: str, num_classes: int, **kw) -> nn.Module:
         return wide_resnet(depth, width, num_classes, **kw)
     if name == "resnet50":
         return resnet(Bottleneck, [3, 4, 6, 3], [64, 256, 512, 1024, 2048], num_classes, **kw)
+    match = re.fullmatch(r"imagenet_resnet(\d+)", name)
+    if match and match[1] in IMAGENET:
+        block, counts = IMAGENET[match[1]]
+        widths = [width * (1 if block is BasicBlock else 4) for width in (64, 128, 256, 512)]
+        return resnet(block, counts, [64, *widths], num_classes, imagenet=True, **kw)
     if match := re.fullmatch(r"resnet(\d{1,4})(x4)?", name):
         depth, channels = int(match[1]), [32, 64, 128, 256] if match[2] else [16, 16, 32, 64]
         if depth < 8 or depth % 6 != 2:
@@ -508,7 +652,7 @@ def create_model(name: str, num_classes: int, **kw) -> nn.Module:
         return resnet(BasicBlock, [(depth - 2) // 6] * 3, channels, num_classes, **kw)
     if name in MOBILENETS:
         return mobilenetv2(name, num_classes, **kw)
-    makers = {"vgg8": partial(vgg, 1), "vgg13": partial(vgg, 2),
+    makers = {"imagenet_mobilenet": mobilenet, "vgg8": partial(vgg, 1), "vgg13": partial(vgg, 2),
               "shufflenetv1": partial(shufflenet, 1), "shufflenetv2": partial(shufflenet, 2),
               "pyramidnet110_84": partial(pyramidnet, 110, 84, False),
               "pyramidnet200_240": partial(pyramidnet, 200, 240, True)}
@@ -524,7 +668,8 @@ def model_names() -> list[str]:
     return ([f"wrn{size}" for size in wide]
             + [f"resnet{depth}" for depth in (8, 14, 20, 26, 32, 44, 56, 110, "8x4", "32x4", 50)]
             + ["pyramidnet110_84", "pyramidnet200_240", "vgg8", "vgg13", "mobilenetv2",
-               "mobilenetv2_half", "shufflenetv1", "shufflenetv2"])
+               "mobilenetv2_half", "shufflenetv1", "shufflenetv2"]
+            + [f"imagenet_resnet{depth}" for depth in IMAGENET] + ["imagenet_mobilenet"])
 
 
 def check_pair(teacher: str, student: str, image_size: int, alike: str) -> None:
@@ -550,20 +695,23 @@ def check_pair(teacher: str, student: str, image_size: int, alike: str) -> None:
 
 
 def print_networks() -> None:
-    """Every network's size and the shape of its maps for 32x32 images, then the papers' pairs."""
+    """Every network's size and the shape of its maps, then the papers' pairs."""
     def shapes(maps: list[Tensor]) -> str:
         return " ".join(f"{x.shape[1]}x{x.shape[2]}" for x in maps)
 
-    print("channels x pixels of each group's first map (entries), last map (stages), and pre_relu")
-    print(f"{'network':18}{'10 classes':>12}{'100 classes':>13}  {'entries':28}{'stages':28}"
+    print("channels x pixels of each group's first map (entries), last map (stages), and pre_relu;"
+          "\nof images of 32 pixels, of ImageNet's networks of 224")
+    print(f"{'network':20}{'classes: 10':>12}{'100':>12}{'1000':>12}  {'entries':30}{'stages':30}"
           f"pre_relu")
     for name in model_names():
+        size = 224 if name.startswith("imagenet_") else 32
         with torch.device("meta"), torch.no_grad():     # shapes without numbers
-            small, large = create_model(name, 10), create_model(name, 100)
-            taps = small.eval()(torch.empty(1, 3, 32, 32), taps=True)
-        counts = [sum(p.numel() for p in network.parameters()) for network in (small, large)]
-        print(f"{name:18}{counts[0]:12,}{counts[1]:13,}  {shapes(taps.entries):28}"
-              f"{shapes(taps.stages):28}{shapes(taps.pre_relu)}")
+            network = create_model(name, 10).eval()
+            taps = network(torch.empty(1, 3, size, size), taps=True)
+        of_class = network.classifier.in_features + 1
+        count = sum(p.numel() for p in network.parameters()) - 10 * of_class
+        print(f"{name:20}" + "".join(f"{count + n * of_class:12,}" for n in (10, 100, 1000))
+              + f"  {shapes(taps.entries):30}{shapes(taps.stages):30}{shapes(taps.pre_relu)}")
     for table, pairs in PAIRS.items():
         print(f"\n{table}: " + ", ".join(f"{student} from {teacher}" for teacher, student in pairs))
 
@@ -615,14 +763,49 @@ def check_weights(network: nn.Module, weights: dict, path: Path) -> None:
                             f"{str(found)[:80]}, not {wanted}")
 
 
+def published_weights(name: str) -> dict:
+    """torchvision's weights of that name, ResNet34_Weights.IMAGENET1K_V1; fetched where absent."""
+    try:
+        weights = get_weight(name)
+    except (ValueError, KeyError):
+        raise UserError(f"{name}: torchvision has no such weights; known are those such as "
+                        f"ResNet34_Weights.IMAGENET1K_V1") from None
+    try:
+        return in_turn(partial(weights.get_state_dict, progress=False, check_hash=True))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"could not fetch {weights.url} ({error}); download it by hand and give "
+                        f"--teacher-ckpt the file") from None
+
+
+def from_torchvision(weights: dict) -> dict:
+    """The state_dict of one of torchvision's ResNets under the names of ours."""
+    last = "3" if "layer1.0.conv3.weight" in weights else "2"
+    ours = {}
+    for key, x in weights.items():
+        key = re.sub(r"^(conv|bn)1\.", lambda match: f"stem.{int(match[1] == 'bn')}.", key)
+        key = re.sub(r"^layer(\d)", lambda match: f"groups.{int(match[1]) - 1}", key)
+        key = key.replace(f".bn{last}.", ".last_norm.").replace(".bn", ".norm")
+        key = key.replace(".downsample.", ".shortcut.").replace("fc.", "classifier.")
+        ours[key] = x
+        if key.endswith("running_var"):     # files of old lack the count of batches
+            ours.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+    return ours
+
+
 def load_weights(network: nn.Module, path: Path) -> None:
     """Load a checkpoint of any of the scripts, or a plain state_dict; all of it, or UserError.
 
+    Of torchvision's ResNets too: a file, or the name of published weights in place of its path.
     A method's connectors are no part of the network and are left out.
     """
-    weights = read_checkpoint(path)["model"]
+    if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not Path(path).exists():
+        weights = published_weights(str(path))
+    else:
+        weights = read_checkpoint(path)["model"]
     if isinstance(weights, dict):
         weights = {key: x for key, x in weights.items() if not str(key).startswith("connectors.")}
+        if "layer1.0.conv1.weight" in weights and "fc.weight" in weights:
+            weights = from_torchvision(weights)
     check_weights(network, weights, path)
     network.load_state_dict(weights)
 
@@ -659,13 +842,24 @@ def read_run(folder: Path, settings: dict, model: nn.Module) -> dict:
 
 def begin_run(folder: Path, script: Path) -> None:
     """A new run's folder, with the record of what is about to run in it."""
+    if processes()[0] > 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for source in (script, Path(__file__)):
         shutil.copy(source, folder)
 
 
 def write_run(folder: Path, state: dict) -> None:
-    """log.jsonl and last.pt, each written aside and renamed: a kill leaves what was there whole."""
+    """log.jsonl and last.pt, each written aside and renamed: a kill leaves what was there whole.
+
+    The first process writes, the others wait, since they may read it next.
+    """
+    if processes()[0] == 0:
+        write_files(folder, state)
+    wait_for_all()
+
+
+def write_files(folder: Path, state: dict) -> None:
     log = "".join(json.dumps(row) + "\n" for row in state["log"])
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -686,53 +880,87 @@ def write_run(folder: Path, state: dict) -> None:
 
 class Split(NamedTuple):
     """One split of a data set, whole."""
-    images: Tensor                 # (N, H, W, 3) uint8
+    images: Tensor | np.ndarray    # (N, H, W, 3) uint8; of a FileLoader the paths, (N,)
     labels: Tensor                 # (N,) int64
     masks: Tensor | None = None    # (N, H, W) bool, where the object is; shapes only
 
 
-class ImageLoader:
-    """Normalised, channels_last batches of a split that lies on the device as uint8.
+class Loader:
+    """Normalised, channels_last batches of a split; what its two kinds below have in common.
 
-    A shuffled loader's order, crops and flips depend on (seed, epoch) alone. They are drawn on the
-    CPU, so that every device sees the same batches; the pixels never leave the device. One image
-    left over for the last batch, which BatchNorm could not normalise, sits out its epoch.
+    The order, crops and flips of a shuffled loader depend on (seed, epoch) alone. Of several
+    processes each gets its share of every batch, and all together the batch that one would get.
+    Images left over for the last batch that cannot be shared alike, or would leave each process
+    with one alone, which BatchNorm could not normalise, sit out their epoch; measured are all.
     """
 
-    def __init__(self, split: Split, class_names: list[str], mean: Tensor, std: Tensor,
-                 batch_size: int, device: torch.device, *, shuffle: bool, augment: bool = False,
-                 reflect: bool = False, seed: int = 0):
-        self.images, self.labels = split.images.to(device), split.labels.to(device)
-        self.masks = split.masks
+    def __init__(self, split: Split, class_names: list[str], size: int, mean: Tensor, std: Tensor,
+                 batch_size: int, device: torch.device, shuffle: bool, augment: bool, seed: int):
+        self.images, self.labels, self.masks = split.images, split.labels.to(device), split.masks
         self.class_names, self.num_classes = class_names, len(class_names)
         self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
-        self.seed, self.epoch = seed, 0
+        self.size, self.seed, self.epoch = size, seed, 0
         self.settings = {}      # what decides the images; filled in by load_data
-        alone = len(self.labels) % batch_size == 1 and len(self.labels) > 1
-        self.left_out = int(shuffle and alone)
-        self.size = self.images.shape[1]
+        self.rank, self.world = processes()
+        last = len(self.labels) % batch_size
+        kept = last - last % self.world
+        if kept == self.world and len(self.labels) > 1:
+            kept = 0
+        self.left_out = last - kept if shuffle else 0
         # one value a pixel, not one a channel: subtracting three-element rows is 5 times slower
-        self.mean = mean.to(device).expand(self.size, self.size, 3).contiguous()
-        self.std = std.to(device).expand(self.size, self.size, 3).contiguous()
-        self.padding = self.size // 8 if augment else 0        # 4 pixels at 32x32
-        if augment:     # the mirrored pictures lie behind the others: flipping costs memory alone
-            self.images = pad(self.images, self.padding, reflect)
-            self.images = torch.cat([self.images, self.images.flip(2)])
+        self.mean = mean.to(device).expand(size, size, 3).contiguous()
+        self.std = std.to(device).expand(size, size, 3).contiguous()
 
     def __len__(self) -> int:
-        return -(-(len(self.labels) - self.left_out) // self.batch_size)
+        whole, last = divmod(len(self.labels) - self.left_out, self.batch_size)
+        return whole + (last > self.rank)
 
     def set_epoch(self, epoch: int, seed: int | None = None) -> None:
         """Choose the order and the crops of the next pass; the seed stays what it was if None."""
         self.epoch, self.seed = epoch, self.seed if seed is None else seed
 
+    def begin_pass(self) -> tuple[Tensor, torch.Generator]:
+        """The order of this pass, and the generator that its crops and flips are drawn from."""
+        generator, count = torch.Generator(), len(self.labels)
+        generator.manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        return order, generator
+
+    def share(self, values: Tensor) -> Iterator[Tensor]:
+        """This process's part of each batch, of (..., N) values in the order of the pass."""
+        for batch in values[..., :len(self.labels) - self.left_out].split(self.batch_size, -1):
+            if self.rank < batch.shape[-1]:
+                yield batch[..., self.rank::self.world]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, channels_last in memory."""
+        return images.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+
+
+class ImageLoader(Loader):
+    """Of a split that lies on the device as uint8: crops from a padded border, and flips.
+
+    They are drawn on the CPU, so that every device sees the same batches; the pixels never leave
+    the device.
+    """
+
+    def __init__(self, split: Split, class_names: list[str], mean: Tensor, std: Tensor,
+                 batch_size: int, device: torch.device, *, shuffle: bool, augment: bool = False,
+                 reflect: bool = False, seed: int = 0):
+        super().__init__(split, class_names, split.images.shape[1], mean, std, batch_size, device,
+                         shuffle, augment, seed)
+        self.images = split.images.to(device)
+        self.padding = self.size // 8 if augment else 0        # 4 pixels at 32x32
+        if augment:     # the mirrored pictures lie behind the others: flipping costs memory alone
+            self.images = pad(self.images, self.padding, reflect)
+            self.images = torch.cat([self.images, self.images.flip(2)])
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device, count, wide = self.labels.device, len(self.labels), self.size + 2 * self.padding
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        order, generator = self.begin_pass()
         order = order.to(device)
         if not self.augment:
-            for chosen in order[:count - self.left_out].split(self.batch_size):
+            for chosen in self.share(order):
                 yield self.normalise(self.images[chosen]), self.labels[chosen]
             return
         shift = torch.randint(2 * self.padding + 1, (2, count), generator=generator).to(device)
@@ -742,15 +970,83 @@ class ImageLoader:
         runs = self.images.view(-1).as_strided(
             (self.images[..., 0].numel() - self.size + 1, 3 * self.size), (3, 1))
         lines = torch.arange(self.size, device=device)
-        for chosen, (down, right) in zip(order[:count - self.left_out].split(self.batch_size),
-                                         shift.split(self.batch_size, 1)):
+        for chosen, (down, right) in zip(self.share(order), self.share(shift)):
             start = ((chosen * wide + down)[:, None] + lines) * wide + right[:, None]
             crop = runs.index_select(0, start.flatten()).view(-1, self.size, self.size, 3)
             yield self.normalise(crop), self.labels[chosen % count]
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, channels_last in memory."""
-        return images.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+
+class FileLoader(Loader):
+    """Of pictures in files, which worker processes decode anew each epoch.
+
+    With `augment` a part of 8 to 100 % of each picture and its mirror image, as is usual on
+    ImageNet; else the middle. The number of workers changes no batch: a picture's crop has a seed
+    of its own, drawn from (seed, epoch).
+    """
+
+    def __init__(self, split: Split, class_names: list[str], mean: Tensor, std: Tensor,
+                 batch_size: int, device: torch.device, *, shuffle: bool, augment: bool = False,
+                 seed: int = 0, size: int = 224, workers: int = 0):
+        super().__init__(split, class_names, size, mean, std, batch_size, device, shuffle, augment,
+                         seed)
+        self.workers = workers
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.labels.device
+        order, generator = self.begin_pass()
+        seeds = torch.randint(2 ** 62, order.shape, generator=generator)
+        asked = ([(self.images[n], seed if self.augment else None)
+                  for n, seed in zip(*both.tolist())]
+                 for both in self.share(torch.stack([order, seeds])))
+        for images, chosen in zip(decoded(asked, self.size, self.workers, device.type == "cuda"),
+                                  self.share(order.to(device))):
+            yield self.normalise(images.to(device, non_blocking=True)), self.labels[chosen]
+
+
+class Decoder:
+    """What a worker does: [(path, seed of its crop or None), ...] -> (N, size, size, 3) uint8.
+
+    Or, where a picture is broken, a text that says so: an error that is raised in a worker comes
+    out with two tracebacks.
+    """
+
+    def __init__(self, size: int):
+        self.part = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
+        self.middle = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
+
+    def __getitem__(self, asked: list[tuple[str, int | None]]) -> Tensor | str:
+        images = []
+        with torch.random.fork_rng(devices=[]):
+            for path, seed in asked:
+                try:
+                    picture = decode(path)
+                except UserError as error:
+                    return str(error)
+                if seed is not None:
+                    torch.default_generator.manual_seed(seed)
+                images.append(self.middle(picture) if seed is None else self.part(picture))
+        return torch.stack(images).permute(0, 2, 3, 1).contiguous()
+
+
+def decode(path: str) -> Tensor:
+    """A picture in a file, (3, H, W) uint8."""
+    try:
+        picture = decode_image(path, "RGB") if decode_image else None
+    except RuntimeError:    # PIL knows more kinds of files, and can say what is wrong
+        picture = None
+    if picture is None or picture.dtype != torch.uint8:
+        picture = pil_to_tensor(open_picture(path))
+    return picture
+
+
+def decoded(asked: Iterable[list], size: int, workers: int, pinned: bool) -> Iterator[Tensor]:
+    """What Decoder gives for each list, in their order."""
+    # a generator of its own, since a DataLoader draws from it even where nothing is shuffled
+    for images in DataLoader(Decoder(size), batch_size=None, sampler=asked, num_workers=workers,
+                             pin_memory=pinned, generator=torch.Generator()):
+        if isinstance(images, str):
+            raise UserError(images)
+        yield images
 
 
 def pad(images: Tensor, width: int, reflect: bool) -> Tensor:
@@ -852,14 +1148,10 @@ def read_cifar(dataset: str, data_dir: Path, train: bool) -> tuple[Split, list[s
     return Split(torch.from_numpy(source.data), torch.tensor(source.targets)), source.classes
 
 
-def read_folder(data_dir: Path, image_size: int) -> tuple[dict[str, Split], list[str]]:
-    """data_dir/train, /test and /val (or /valid), each with a subfolder of images a class.
-
-    Decoded once and kept in data_dir/.decoded_<image_size>.pt, which is made anew when an image
-    below data_dir has come, gone, or changed in size or time.
-    """
+def list_folder(data_dir: Path, names: tuple[str, ...]) -> tuple[dict, list[str]]:
+    """data_dir/train, /test and /val (or /valid), each with a subfolder of images a class."""
     sources = {}
-    for name in ("train", "test", "val", "valid"):
+    for name in names:
         if (data_dir / name).is_dir():
             try:
                 sources[name.removesuffix("id")] = datasets.ImageFolder(data_dir / name)
@@ -874,6 +1166,26 @@ def read_folder(data_dir: Path, image_size: int) -> tuple[dict[str, Split], list
         if odd := set(source.classes) ^ set(class_names):
             raise UserError(f"{data_dir}: the classes of train/ and {name}/ differ in "
                              f"{', '.join(sorted(odd))}; give both the same subfolders")
+    return sources, class_names
+
+
+def open_picture(path: str) -> datasets.folder.Image.Image:
+    """By PIL, in RGB."""
+    try:
+        with datasets.folder.Image.open(path) as file:
+            if file.mode[0] in "IF":    # convert would make it white
+                raise UserError("it has more than 8 bits a channel, convert it to 8")
+            return file.convert("RGB")
+    except Exception as error:    # each format of image fails in its own way
+        raise UserError(f"cannot decode {path} ({error}); repair or remove it") from None
+
+
+def read_folder(data_dir: Path, sources: dict, image_size: int) -> dict[str, Split]:
+    """The splits that list_folder found, in memory.
+
+    Decoded once and kept in data_dir/.decoded_<image_size>.pt, which is made anew when an image
+    below data_dir has come, gone, or changed in size or time.
+    """
     paths = [path for source in sources.values() for path, _ in source.samples]
     stats = [(os.path.relpath(path, data_dir), os.stat(path)) for path in paths]
     fingerprint = hashlib.sha256(
@@ -887,13 +1199,7 @@ def read_folder(data_dir: Path, image_size: int) -> tuple[dict[str, Split], list
     if images is None:
         images = torch.empty(len(paths), image_size, image_size, 3, dtype=torch.uint8)
         for index, path in enumerate(paths):
-            try:
-                with datasets.folder.Image.open(path) as file:
-                    if file.mode[0] in "IF":    # convert would make it white
-                        raise UserError("it has more than 8 bits a channel, convert it to 8")
-                    picture = file.convert("RGB")
-            except Exception as error:    # each format of image fails in its own way
-                raise UserError(f"cannot decode {path} ({error}); repair or remove it") from None
+            picture = open_picture(path)
             if picture.size != (image_size, image_size):
                 picture = resize(picture, [image_size, image_size])
             images[index] = pil_to_tensor(picture).permute(1, 2, 0)
@@ -911,18 +1217,47 @@ def read_folder(data_dir: Path, image_size: int) -> tuple[dict[str, Split], list
                   f"the next run decodes them again", file=sys.stderr)
     parts = images.split([len(source) for source in sources.values()])
     return {name: Split(part, torch.tensor(source.targets))
-            for (name, source), part in zip(sources.items(), parts)}, class_names
+            for (name, source), part in zip(sources.items(), parts)}
+
+
+def too_large(count: int, image_size: int, device: torch.device) -> str:
+    """Why so many images of a folder are to stay in their files; "" where they go into memory."""
+    if image_size >= 64:
+        return "images of 64 pixels or more stay in their files"
+    memory = math.inf
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        memory = min(memory, torch.cuda.get_device_properties(device).total_memory)
+    needed = 12 * count * image_size ** 2       # padded and mirrored they are three times as large
+    if needed <= memory:
+        return ""
+    return f"in memory they would take {needed / 2 ** 30:.0f} of {memory / 2 ** 30:.0f} GiB"
 
 
 def subset(split: Split, chosen: Tensor) -> Split:
-    return Split(*(None if part is None else part[chosen] for part in split))
+    # an array of paths, indexed by a tensor of one number, would give the path itself
+    return Split(*(None if part is None else part[chosen.numpy()] for part in split))
 
 
 def balanced_order(labels: Tensor) -> Tensor:
     """A fixed random order in which the classes take turns: its first n are a fair sample."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    turn = F.one_hot(labels[order]).cumsum(0).gather(1, labels[order][:, None])[:, 0]
+    by_class, counts = labels[order].argsort(stable=True), labels.bincount()
+    first = (counts.cumsum(0) - counts)[labels[order[by_class]]]    # of its class, in by_class
+    turn = torch.empty_like(order).scatter_(0, by_class, torch.arange(len(order)) - first)
     return order[turn.argsort(stable=True)]
+
+
+def colours(images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, (3,), over batches (N, H, W, 3) of uint8."""
+    sums, count = 0, 0
+    for part in images:
+        sums = sums + torch.stack([part.reshape(-1, 3).double().pow(power).sum(0)
+                                   for power in (1, 2)])
+        count += part[..., 0].numel()
+    mean, square = sums / count
+    return mean, (square - mean.square()).sqrt().clamp(min=1e-3)
 
 
 def keep_memory() -> None:
@@ -933,40 +1268,76 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)    # M_TRIM_THRESHOLD: never
 
 
+def usual_size(dataset: str) -> int:
+    return 224 if dataset == "imagenet" else 32
+
+
+def usual_workers() -> int:
+    """The cores, shared among the processes that torchrun starts here; at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch.device | str,
-              *, augment: bool, seed: int, reflect: bool = False, image_size: int = 32,
-              train_images: int | None = None, split: str = "test",
-              ) -> tuple[ImageLoader, ImageLoader]:
+              *, augment: bool, seed: int, reflect: bool = False, image_size: int | None = None,
+              train_images: int | None = None, split: str = "test", workers: int | None = None,
+              ) -> tuple[Loader, Loader]:
     """The training loader and the loader of the split that accuracy is measured on.
 
-    dataset       cifar10, cifar100, cinic10, folder or shapes
-    augment       random crop from 4 pixels of padding (at 32x32), black or `reflect`, and flip
+    dataset       cifar10, cifar100, cinic10, folder, shapes; imagenet: its folders train and val
+    augment       random crop from 4 pixels of padding (at 32x32), black or `reflect`, and flip;
+                  of a FileLoader, for imagenet and large folders: random resized crop and flip
     train_images  train on a fair sample of so many images; the same one whatever the seed
     split         "test", or "val" for tuning: the data set's own validation split, or else a fixed
                   tenth of the training images, which are then not trained on
+    workers       processes that decode; 0: this one
+    Colours are normalised over the training images; over a fair sample of 1000 where they stay in
+    files, and by the usual numbers of ImageNet.
     A data set that is missing or broken raises UserError, which says what to do about it.
     """
-    if torch.device(device).type == "cpu":
+    device, (rank, world) = torch.device(device), processes()
+    if device.type == "cpu":
         keep_memory()
+    if world > 1 and (batch_size % world or batch_size < 2 * world):
+        raise UserError(f"--batch-size {batch_size} is for all {world} processes together: make it "
+                        f"{world} times the images of each, which are two or more")
     data_dir, class_names = Path(data_dir), SHAPES
+    image_size = image_size or usual_size(dataset)
+    workers = usual_workers() if workers is None else workers
+    in_files = dataset == "imagenet"
     if dataset == "shapes":
         splits = {"train": draw_shapes(4000, seed=1), "val": draw_shapes(2000, seed=2),
                   "test": draw_shapes(2000, seed=3)}
     elif dataset in ("cifar10", "cifar100"):
-        splits = {"train": read_cifar(dataset, data_dir, train=True)[0]}
-        splits["test"], class_names = read_cifar(dataset, data_dir, train=False)
-    elif dataset in ("cinic10", "folder"):
-        splits, class_names = read_folder(data_dir, image_size)
+        splits = {"train": in_turn(partial(read_cifar, dataset, data_dir, train=True))[0]}
+        splits["test"], class_names = in_turn(partial(read_cifar, dataset, data_dir, train=False))
+    elif dataset in ("cinic10", "folder", "imagenet"):
+        names = ("train", "val") if dataset == "imagenet" else ("train", "test", "val", "valid")
+        sources, class_names = list_folder(data_dir, names)
+        if dataset == "folder":
+            reason = too_large(sum(map(len, sources.values())), image_size, device)
+            in_files = bool(reason)
+            if in_files and rank == 0:
+                print(f"{data_dir}: {reason}, to be decoded each epoch (--workers {workers})")
+        if in_files:
+            splits = {name: Split(np.array([path for path, _ in source.samples], dtype=object),
+                                  torch.tensor(source.targets)) for name, source in sources.items()}
+        else:
+            splits = in_turn(partial(read_folder, data_dir, sources, image_size))
     else:
         raise UserError(f"unknown data set {dataset}; known are cifar10, cifar100, cinic10, "
-                         f"folder and shapes")
+                         f"folder, imagenet and shapes")
     train, measured = splits["train"], splits.get("test", splits.get("val"))
-    # over the whole training split, so that a teacher and a student on fewer images agree
-    values = torch.stack([part.reshape(-1, 3).double().pow(power).sum(0)
-                          for power in (1, 2) for part in train.images.split(5000)])
-    mean, square = values.view(2, -1, 3).sum(1) / train.images[..., 0].numel()
-    std = (square - mean.square()).sqrt().clamp(min=1e-3)
     order = balanced_order(train.labels)
+    # over the whole training split, so that a teacher and a student on fewer images agree
+    if dataset == "imagenet":
+        mean, std = 255 * torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    elif in_files:
+        sample = ([(path, None) for path in subset(train, part).images]
+                  for part in order[:1000].split(50))
+        mean, std = colours(decoded(sample, image_size, workers, pinned=False))
+    else:
+        mean, std = colours(train.images.split(5000))
     if split == "val" and {"val", "test"} <= splits.keys():
         measured = splits["val"]
     elif split == "val":
@@ -975,14 +1346,21 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     if train_images is not None and train_images > len(order):
         raise UserError(f"{train_images} training images asked for, {dataset} has {len(order)}")
     train = subset(train, order[:train_images].sort().values)
+    if world > 1 and len(train.labels) < 2 * world:
+        raise UserError(f"{len(train.labels)} training images are too few for {world} processes")
     shared = (class_names, mean.float(), std.float())
-    train_loader = ImageLoader(train, *shared, batch_size, device, shuffle=True, augment=augment,
-                               reflect=reflect, seed=seed)
+    kind, own, measured_batch = ImageLoader, dict(reflect=reflect), 500 * world
+    if in_files:    # large images: as many at a time as in training
+        kind, own, measured_batch = FileLoader, dict(size=image_size, workers=workers), batch_size
+    train_loader = kind(train, *shared, batch_size, device, shuffle=True, augment=augment,
+                        seed=seed, **own)
     train_loader.settings = {
         "data": str(data_dir.resolve()) if dataset == "folder" else dataset, "split": split,
-        "image_size": train.images.shape[1], "train_images": train_images,
+        "image_size": train_loader.size, "train_images": train_images,
         "images": [len(train.labels), len(measured.labels)], "classes": len(class_names)}
-    return train_loader, ImageLoader(measured, *shared, 500, device, shuffle=False)
+    if in_files:
+        train_loader.settings["in_files"] = True
+    return train_loader, kind(measured, *shared, measured_batch, device, shuffle=False, **own)
 
 
 # ================================================================================================
@@ -1003,11 +1381,15 @@ def add_data_flags(parser: ArgumentParser) -> None:
     """The flags of load_data that no recipe gives."""
     add = parser.add_argument
     devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
-    add("--dataset", default="cifar10", help="cinic10, folder: folders of images; shapes: drawn",
-        choices=["cifar10", "cifar100", "cinic10", "folder", "shapes"])
+    add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "cinic10", "folder",
+        "imagenet", "shapes"], help="cinic10, folder, imagenet: folders of images; shapes: drawn")
     add("--data-dir", type=Path, default="data", help="where the data set is")
     add("--train-images", type=limited(int, 2, 1e9), help="so many, of every class alike")
-    add("--image-size", type=limited(int, 8, 1024), default=32, help="of folders, in pixels")
+    chosen, _ = parser.parse_known_args()
+    add("--image-size", type=limited(int, 8, 1024), default=usual_size(chosen.dataset),
+        help="of folders, in pixels; from 64 on every epoch decodes them anew")
+    add("--workers", type=limited(int, 0, 1e3), default=usual_workers(),
+        help="processes that decode large images")
     add("--split", default="test", choices=["test", "val"], help="val is for tuning")
     add("--device", default=devices[0], choices=devices, help="where all is computed")
 

@@ -1,6 +1,7 @@
 """Images a second of every script's training: ours, a plain reference loop, and the floor.
 
     python tests/bench.py [--scripts kd at ...] [--steps 10] [--repeats 3] [--device cpu]
+    python tests/bench.py --imagenet [--gpus 8] [--peak 989] [--utilisation 0.05]
 
 ours        the script's own fit on its own loader: order, crops, flips, log; without the test epoch
 reference   the same step as known repositories run it: PIL transforms in a DataLoader with workers,
@@ -10,6 +11,10 @@ floor       the same step on one batch that lies on the device: no loader, no lo
 The three take turns; medians and spread (largest less smallest, over the median) of repeats. The
 reference has a process of its own, since load_data tells its process to keep freed memory, which
 known repositories do not. Below that, where the time of a floor step goes.
+
+--imagenet measures nothing: what the pairs of the papers' ImageNet tables cost, reckoned from the
+operations that a step of their script counts and the maps that it keeps for the backward pass. The
+time rests on the share of the peak (in TFLOP/s, dense bfloat16; an H100's is 989) that is assumed.
 """
 import argparse
 import contextlib
@@ -25,15 +30,20 @@ from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_loader import Pictures  # noqa: E402
-from common import ImageLoader, Split, keep_memory, new_model  # noqa: E402
+from common import (  # noqa: E402
+    PAIRS, ImageLoader, Split, create_model, keep_memory, new_model)
 
 SCRIPTS = ["kd", "at", "atang", "fsp", "overhaul", "skd"]
 CLASSES = [str(n) for n in range(10)]
@@ -76,7 +86,7 @@ class Contest:
             teacher="wrn16_3", student="wrn16_1", dataset="cifar10", epochs=1,
             batch_size=options.batch, lr=1e-3, momentum=0.9, nesterov=False, weight_decay=5e-4,
             milestones=[], lr_decay=0.1, augment=True, reflect=False, distill_epochs=None,
-            teacher_hash=None, dry_run=False, device=options.device, bf16=None,
+            teacher_hash=None, dry_run=False, compile=False, device=options.device, bf16=None,
             autocast=options.bf16)})
         middle, std, device = torch.full((3,), 127.0), torch.full((3,), 64.0), options.device
         train = ImageLoader(Split(images, labels), CLASSES, middle, std, options.batch,
@@ -177,8 +187,73 @@ def reference() -> float:
     return contest.reference()
 
 
+def cost(script: str, teacher: str | None, student: str, bf16: bool) -> tuple[float, float]:
+    """Of a step with 256 images of 224 pixels: operations, and GiB kept for the backward pass.
+
+    The backward pass counts as two forward ones: torch's own count of it is far too large where
+    convolutions are depthwise. On tensors without values, whose modules cannot be moved or copied.
+    """
+    module, kept = importlib.import_module(script), {}
+    args = Namespace(**own(script), device="cpu")
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        kept[storage._cdata] = storage      # views share it; held, so that no number comes twice
+        return x
+
+    with (mock.patch.object(nn.Module, "to", lambda network, *_, **__: network),
+          mock.patch("copy.deepcopy", lambda network: network), FakeTensorMode(),
+          torch.autocast("cpu", torch.bfloat16, enabled=bf16)):
+        ours, theirs = create_model(student, 1000), None
+        images, labels = torch.empty(256, 3, 224, 224), torch.zeros(256, dtype=torch.long)
+        if teacher:
+            theirs = create_model(teacher, 1000).eval().requires_grad_(False)
+            connect(script, ours, theirs, args, images[:2])
+        step = module.make_step(ours, theirs, args)
+        with FlopCounterMode(display=False) as of_teacher, torch.no_grad():
+            if teacher:
+                theirs(images)
+        with FlopCounterMode(display=False) as of_all, saved_tensors_hooks(keep, lambda x: x):
+            step(images, labels)
+        for weight in ours.parameters():
+            kept.pop(weight.untyped_storage()._cdata, None)
+        operations = 3 * of_all.get_total_flops() - 2 * of_teacher.get_total_flops()
+        return operations, sum(x.nbytes() for x in kept.values()) / 2 ** 30
+
+
+def on_paper(gpus: int, peak: float, utilisation: float) -> None:
+    """The pairs of the papers' ImageNet tables, in Markdown."""
+    rows = []
+    for teacher, student in PAIRS["Overhaul, Table 4 (ImageNet)"]:
+        rows.append(("kd", None, student))
+        rows += [(script, teacher, student) for script in ("kd", "at", "overhaul")]
+    for teacher, student in PAIRS["SKD, Tables 5 and 6 (ImageNet)"]:
+        rows.append(("skd", teacher, student))
+        if teacher == "imagenet_resnet34":
+            rows[-1:] = [("kd", None, student), *((script, teacher, student)
+                                                  for script in ("kd", "at", "skd"))]
+    print(f"ImageNet, 224 pixels. GiB: maps kept for the backward pass of 256 images. images/s: "
+          f"what all loaders\nmust give, for {gpus} GPUs at {100 * utilisation:g} % (assumed) of a "
+          f"peak of {peak:g} TFLOP/s each. hours: 100 epochs\n")
+    heads = ["", "student", "teacher", "GFLOP an image", "GiB, float32", "GiB, bfloat16",
+             "images/s", "hours"]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    for script, teacher, student in rows:
+        operations, memory = cost(script, teacher, student, bf16=False)
+        _, halved = cost(script, teacher, student, bf16=True)
+        speed = gpus * peak * 1e12 * utilisation / (operations / 256)
+        names = [(name or "-").removeprefix("imagenet_") for name in (student, teacher)]
+        print(f"| {script if teacher else 'baseline'} | {names[0]} | {names[1]} | "
+              f"{operations / 256e9:.1f} | {memory:.1f} | {halved:.1f} | {speed:,.0f} | "
+              f"{100 * 1_281_167 / speed / 3600:.1f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--imagenet", action="store_true", help="on paper; the next three with it")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of one")
+    parser.add_argument("--utilisation", type=float, default=0.05, help="part of the peak")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
     parser.add_argument("--steps", type=int, default=200 if device == "cuda" else 10)
@@ -189,6 +264,9 @@ def main() -> None:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,
                         help="ours and the floor under autocast; default: on a GPU")
     options = parser.parse_args()
+    if options.imagenet:
+        on_paper(options.gpus, options.peak, options.utilisation)
+        return
     if options.bf16 is None:
         options.bf16 = options.device == "cuda"
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"

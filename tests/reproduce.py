@@ -73,6 +73,7 @@ class Table(NamedTuple):
     base: str               # script and recipe of the baselines and teachers
     rows: list[Row]
     measured: tuple = ()    # from the checkpoints: names of `outputs`
+    published: bool = False     # its teachers are torchvision's first weights, and not trained
 
 
 def rows_of(pair: tuple[str, str], commands: dict[str, str], values: Iterable) -> list[Row]:
@@ -105,8 +106,15 @@ LAYERS = {"teacher": "teacher", "baseline": "baseline", "all layers": "overhaul.
           "the last layer": "overhaul.py --layers last"}
 SKD = {"teacher": "teacher", "baseline": "baseline", "KD": "kd.py",
        "AT": "at.py --kd-weight 0", "SKD": "skd.py"}
+# Section 4.2; the other scripts' recipes drop an epoch later, kd.py's at epoch 80 too, and at.py's
+# has no Nesterov
+EVERY_30 = "--milestones 0.29 0.59 0.89"
+LARGE_OVERHAUL = {
+    "teacher": "teacher", "baseline": "baseline", "KD": f"kd.py {EVERY_30}",
+    "AT": f"at.py --kd-weight 0 --nesterov {EVERY_30}", "overhaul": f"overhaul.py {EVERY_30}"}
 W163, W283, SMALL = "wrn16_3", "wrn28_3", "wrn16_1"
 C = ("wrn28_4", "wrn16_2")      # setting c of the overhaul's Table 2
+OF_RESNET18 = PAIRS["SKD, Tables 5 and 6 (ImageNet)"]
 GROWING = [pair[0] for pair in PAIRS["SKD, Table 7 (CIFAR-100), growing teachers"]]
 KD_GAPS = "0.146 0.181 0.222 0.246 0.261", "0.042 0.053 0.063 0.068 0.074"
 SKD_GAPS = "0.053 0.074 0.081 0.083 0.094", "0.029 0.042 0.041 0.045 0.044"
@@ -224,6 +232,11 @@ TABLES = {
             "d": errors("21.09 27.68 26.76 26.66 24.44"),
             "e": errors("15.57 21.09 20.97 19.28 17.80"),
             "f": errors("15.57 22.58 21.68 19.93 18.89")})),
+    "overhaul-4": Table(
+        "Overhaul, Table 4", "and on ImageNet?", "imagenet", 1, f"kd.py {EVERY_30}", [
+            row for pair, values in zip(PAIRS["Overhaul, Table 4 (ImageNet)"], (
+                "21.69 23.72 22.85 22.75 21.65", "23.84 31.13 31.42 30.44 28.75"), strict=True)
+            for row in rows_of(pair, LARGE_OVERHAUL, errors(values))], published=True),
     "overhaul-7": Table(
         "Overhaul, Table 7", "is the student's output like the teacher's?", "cifar100", 5,
         f"kd.py {HEO}", [
@@ -289,6 +302,17 @@ TABLES = {
                 label: command + (" --lr 0.01" if pair[1][:4] in ("mobi", "shuf") and
                                   label != "teacher" else "")
                 for label, command in SKD.items() if label != "AT"}, values.split())]),
+    "skd-5": Table(
+        "SKD, Table 5 and Figure 1b", "and on ImageNet?", "imagenet", 1, "kd.py",
+        rows_of(OF_RESNET18[0], {label: SKD[label] for label in ("baseline", "KD", "AT", "SKD")},
+                "69.8 69.20 70.70 72.80".split()), published=True),
+    "skd-6": Table(     # its KD from ResNet34 is another number than Table 5's
+        "SKD, Table 6", "from larger teachers on ImageNet?", "imagenet", 1, "kd.py", [
+            Row("baseline", "baseline", *OF_RESNET18[0]),
+            *(row for pair, values in zip(OF_RESNET18, (
+                "69.43 72.80", "69.05 73.01", "68.91 72.85", "68.84 72.70"), strict=True)
+              for row in rows_of(pair, {label: SKD[label] for label in ("KD", "SKD")},
+                                 values.split()))], published=True),
     "skd-7": Table(
         "SKD, Table 7 and Figure 1a", "does SKD learn from larger teachers?", "cifar100", 3,
         "kd.py",
@@ -345,6 +369,9 @@ class Plan:
         self.extra = extra + (["--data-dir", str(args.data_dir)] if args.data_dir else [])
         self.dataset = args.dataset or self.table.dataset
         self.runs = args.runs or self.table.runs
+        self.published = (self.table.published and self.dataset == self.table.dataset
+                          and not args.teacher)
+        self.ready = bool(self.published or args.teacher_ckpt)      # no teacher is to be trained
         replaced = [f"--{key.replace('_', '-')} {getattr(args, key)}"
                     for key in ("dataset", "teacher", "student", "epochs", "teacher_ckpt")
                     if getattr(args, key)]
@@ -418,6 +445,9 @@ class Plan:
         return self.folder(*self.command(row, as_teacher=True), row.teacher, 0)
 
     def checkpoint(self, row: Row) -> Path:
+        if self.published and not self.args.teacher_ckpt:
+            name = row.teacher.replace("imagenet_resnet", "ResNet")
+            return Path(f"{name}_Weights.IMAGENET1K_V1")
         return self.args.teacher_ckpt or self.teacher(row) / "last.pt"
 
     def seeds(self, row: Row) -> range:
@@ -438,7 +468,7 @@ class Plan:
         if "--baseline" in words:
             line += ["--student", row.teacher if as_teacher else row.student]
         else:
-            teacher = None if self.args.teacher_ckpt else self.teacher(row)
+            teacher = None if self.ready else self.teacher(row)
             line += ["--teacher", row.teacher, "--student", row.student,
                      "--teacher-ckpt", str(self.checkpoint(row))]
         line += [*words, "--seed", str(seeds[0]), "--out", str(folders[0].parents[3])]
@@ -452,7 +482,7 @@ class Plan:
         for row in self.rows:
             needs_teacher = "--baseline" not in self.command(row)[1] or "KL" in self.table.measured
             needs_teacher = needs_teacher or row.command.startswith("teacher")
-            if needs_teacher and not self.args.teacher_ckpt:
+            if needs_teacher and not self.ready:
                 jobs.append(self.job(row, [0], as_teacher=True))
         for seed in range(self.runs):
             for row in self.rows:
@@ -797,7 +827,7 @@ def outputs(run: Path, data_dir: Path, teacher: tuple[str, Path] | None = None) 
         raise UserError(f"{run} holds weights, but no run of ours")
     settings = log[0]["settings"]
     loader = images_of(settings, data_dir)
-    labels = torch.cat([labels for _, labels in loader])
+    labels = loader.labels
     if "teacher_hash" in settings:
         teacher = teacher_of(run, log[0], loader, teacher and teacher[1])
     z = logits_in(run / "last.pt", run.parent.name.split("-")[-1], loader)
@@ -859,7 +889,7 @@ def measurements(plan: Plan, row: Row, folders: list[Path], kept: Path) -> dict[
     if "--baseline" not in plan.command(row)[1] or "KL" in plan.table.measured:
         teacher = row.teacher, plan.checkpoint(row)
         needed.append(teacher[1])
-        if not plan.args.teacher_ckpt and not complete(plan.teacher(row)):
+        if not plan.ready and not complete(plan.teacher(row)):
             return {}
     there = [path for path in needed if path.exists()]
     if kept.exists() and all(kept.stat().st_mtime >= path.stat().st_mtime for path in there):
@@ -915,7 +945,8 @@ def show_measured(plan: Plan, found: dict) -> None:
 # The list of tables
 # ================================================================================================
 
-IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "cinic10": 90_000, "shapes": 4_000}
+IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "cinic10": 90_000, "shapes": 4_000,
+          "imagenet": 1_281_167}
 RATE = 190e9    # floating-point operations a second: 140 images/s of a WRN16-3 on two cores
 
 
@@ -929,7 +960,7 @@ def operations(name: str, image_size: int) -> int:
 
 def hours(plan: Plan) -> float:
     """Rough: a step costs three forward passes of the student and one of the teacher."""
-    size = 16 if plan.dataset == "shapes" else 32
+    size = {"shapes": 16, "imagenet": 224}.get(plan.dataset, 32)
     total = 0
     for job in plan.jobs():
         script, *words = job.line
@@ -971,7 +1002,7 @@ def main() -> None:
     add("--table", type=Path, metavar="DIR", help="a folder of runs")
     add("--record", type=Path, nargs=2, metavar=("DIR", "TO"), help="keep the logs of runs")
     add("--measure", type=Path, nargs="+", metavar="RUN", help="runs' folders")
-    add("--dataset", choices=["cifar10", "cifar100", "cinic10", "folder", "shapes"])
+    add("--dataset", choices=["cifar10", "cifar100", "cinic10", "folder", "imagenet", "shapes"])
     add("--teacher", help="network, of all rows")
     add("--student", help="network, of all rows")
     add("--epochs", type=limited(int, 1, 1e5), help="of all rows")

@@ -1,17 +1,23 @@
 """The loaders: what is in a batch, that it depends on (seed, epoch) alone, and broken folders."""
+import multiprocessing
 import os
 import shutil
+import sys
 import urllib.error
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import functional
 
 import common
-from common import ImageLoader, Split, load_data
+from common import FileLoader, ImageLoader, Split, load_data
 
 CPU = torch.device("cpu")
+pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding"),     # see common.decode_image
+              pytest.mark.filterwarnings("ignore:This DataLoader will create")]
 
 
 def loader_of(images, *, batch_size=7, **options):
@@ -335,3 +341,235 @@ def test_broken_folders_say_what_is_wrong(folder, tmp_path):
 def test_an_unknown_data_set_is_refused():
     with pytest.raises(ValueError, match="known are cifar10"):
         load_data("mnist", "", 8, CPU, augment=False, seed=0)
+
+
+# --- large pictures, which stay in their files ---------------------------------------------------
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """11 + 10 training and 5 + 4 other pictures of many sizes, and a folder of neither class."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for split, counts in (("train", (11, 10)), ("val", (5, 4))):
+        for name, count in zip(("bird", "cat"), counts):
+            (root / split / name).mkdir(parents=True)
+            for n in range(count):
+                coarse = Image.fromarray(generator.integers(0, 256, (6, 7, 3), dtype=np.uint8))
+                picture = coarse.resize((70 + 9 * n, 110 - 4 * n), Image.Resampling.BICUBIC)
+                picture.save(root / split / name / f"{n:02}.{'png' if n == 3 else 'jpg'}")
+    (root / "test").mkdir()     # ImageNet's has no labels
+    return root
+
+
+def in_files(photos, **options):
+    options = {"augment": True, "seed": 0, "image_size": 64, "workers": 0} | options
+    return load_data("imagenet", photos, 8, CPU, **options)
+
+
+def test_large_pictures_are_those_of_torchvisions_usual_transforms(photos):
+    """By PIL, one by one: the middle for tests; crop and flip from each picture's own seed."""
+    train, test = in_files(photos, seed=3)
+    sources, _ = common.list_folder(photos, ("train", "val"))
+    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406),
+                                                          (0.229, 0.224, 0.225)))
+
+    def differs(images, others):
+        return max((a * std + b.neg() * std).abs().mean().item() for a, b in zip(images, others))
+
+    usual = transforms.Compose([transforms.Resize(73), transforms.CenterCrop(64),
+                                transforms.ToTensor(), transforms.Normalize(mean.flatten(),
+                                                                            std.flatten())])
+    images, labels = whole_epoch(test)
+    assert labels.tolist() == sources["val"].targets
+    assert differs(images, [usual(picture) for picture, _ in sources["val"]]) < 0.01
+    images, labels = whole_epoch(train, epoch=5)
+    generator = torch.Generator().manual_seed(3 * 1_000_003 + 5)
+    order = torch.randperm(21, generator=generator)
+    seeds = torch.randint(2 ** 62, (21,), generator=generator)
+    assert torch.equal(labels, torch.tensor(sources["train"].targets)[order])
+    expected, mirrored = [], 0
+    with torch.random.fork_rng():
+        for n, seed in zip(order, seeds):
+            picture = sources["train"][n][0]
+            torch.manual_seed(seed)
+            place = transforms.RandomResizedCrop.get_params(picture, (0.08, 1), (3 / 4, 4 / 3))
+            picture = functional.resized_crop(picture, *place, [64, 64])
+            if torch.rand(1) < 0.5:
+                picture, mirrored = functional.hflip(picture), mirrored + 1
+            expected.append((functional.to_tensor(picture) - mean) / std)
+    assert differs(images, expected) < 0.01 and 3 < mirrored < 18
+    assert differs(images, expected[::-1]) > 0.1
+
+
+def test_pil_decodes_to_the_same_bits(photos, monkeypatch):
+    """Where torchvision has no decoder any more, and for what it cannot read."""
+    paths = sorted(photos.rglob("*/0*.*"))
+    pictures = [common.decode(str(path)) for path in paths]
+    monkeypatch.setattr(common, "decode_image", None)
+    assert len(paths) > 20 and {path.suffix for path in paths} == {".jpg", ".png"}
+    assert all(torch.equal(x, common.decode(str(path))) for x, path in zip(pictures, paths))
+
+
+def test_the_number_of_workers_changes_no_batch(photos):
+    before, epochs = torch.get_rng_state(), []
+    for workers in (0, 1, 2, 4):
+        train, test = in_files(photos, workers=workers, seed=1)
+        epochs.append([*whole_epoch(train, 3), *whole_epoch(test)])
+        assert len(train) == len(list(train)) == 3
+    assert all(map(torch.equal, epochs[0] * 3, sum(epochs[1:], [])))
+    assert torch.equal(before, torch.get_rng_state())
+    images, _ = next(iter(train))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(epochs[0][0], whole_epoch(train, 4)[0])
+    assert not torch.equal(epochs[0][0], whole_epoch(in_files(photos, seed=2)[0], 3)[0])
+
+
+def test_imagenet_is_224_pixels_and_a_folder_32(photos, monkeypatch):
+    train, test = in_files(photos, image_size=None, augment=False)
+    assert next(iter(test))[0].shape == (8, 3, 224, 224)
+    assert train.settings == {
+        "data": "imagenet", "split": "test", "image_size": 224, "train_images": None,
+        "images": [21, 9], "classes": 2, "in_files": True}
+    parser = common.ArgumentParser()
+    monkeypatch.setattr(sys, "argv", ["kd.py", "--dataset", "imagenet", "--lr", "1"])
+    common.add_data_flags(parser)
+    assert parser.get_default("image_size") == 224
+    monkeypatch.setattr(sys, "argv", ["kd.py"])
+    parser = common.ArgumentParser()
+    common.add_data_flags(parser)
+    assert parser.get_default("image_size") == 32
+
+
+def test_which_folders_stay_in_their_files(photos, tmp_path, capsys, monkeypatch):
+    for split in ("train", "val"):
+        shutil.copytree(photos / split, tmp_path / split)
+    kinds, said = [], []
+    for size, kind in ((24, ImageLoader), (64, FileLoader)):
+        loaders = load(tmp_path, image_size=size, workers=0)
+        kinds.append([type(loader) is kind for loader in loaders])
+        said.append(capsys.readouterr().out)
+    assert kinds == [[True, True]] * 2 and said[0] == ""
+    assert said[1].count("\n") == 1 and "64 pixels or more stay in their files" in said[1]
+    train, _ = loaders      # its colours are those of the pictures' middles
+    train.left_out = 0
+    seen = whole_epoch(train)[0].double()
+    assert seen.mean((0, 2, 3)).abs().max() < 1e-5 and "in_files" in train.settings
+    assert (seen.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+    few, held_out = load(tmp_path, image_size=64, workers=0, train_images=6, split="val")
+    assert few.labels.bincount().tolist() == [3, 3] and len(held_out.labels) == 2
+    assert not {*few.images} & {*held_out.images} and torch.equal(few.mean, train.mean)
+    monkeypatch.setattr(os, "sysconf", lambda name: 200)        # 40,000 bytes of memory
+    assert isinstance(load(tmp_path, image_size=24, workers=0)[0], FileLoader)
+    assert "GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_large_picture_is_named_and_no_worker_stays(photos, tmp_path, workers):
+    for split in ("train", "val"):
+        shutil.copytree(photos / split, tmp_path / split)
+    train, test = in_files(tmp_path, workers=workers)
+    batches = iter(train)
+    next(batches)
+    del batches     # an epoch that is broken off
+    path = tmp_path / "val/cat/02.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(common.UserError) as caught:
+        whole_epoch(test)
+    assert str(caught.value).startswith(f"cannot decode {path} (") and "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_worker_is_one_line():
+    """torch raises it from a signal, wherever the program then is."""
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert "fewer --workers" in common.one_line(error)
+
+
+def test_one_image_alone_is_still_a_list_of_one():
+    """51 images: the last of the parts of 50, of which colours are measured, has one."""
+    split = common.Split(np.array(["one", "two"], dtype=object), torch.arange(2))
+    chosen = common.subset(split, torch.tensor([1]))
+    assert chosen.images.tolist() == ["two"] and chosen.labels.tolist() == [1]
+
+
+def test_training_from_files(photos, cli, tmp_path):
+    flags = ["--dataset", "imagenet", "--data-dir", photos, "--image-size", "64", "--batch-size", 8,
+             "--student", "imagenet_mobilenet", "--device", "cpu", "--out", tmp_path / "runs"]
+    done = cli("kd", *flags, "--baseline", "--epochs", "1")
+    assert done.code == 0 and "imagenet/baseline/imagenet_mobilenet" in done.out
+    assert "no recipe for imagenet" in cli("fsp", *flags).mistyped()
+    line = cli("kd", *flags, "--teacher", "imagenet_resnet18", "--teacher-ckpt",
+               "ResNet18_Weights.NONE").refused()
+    assert "torchvision has no such weights" in line
+
+
+# --- shares of several processes -----------------------------------------------------------------
+
+def of_each(monkeypatch, shares, make):
+    """make() as each of so many processes would call it."""
+    loaders = []
+    for rank in range(shares):
+        monkeypatch.setattr(common, "processes", lambda rank=rank: (rank, shares))
+        loaders.append(make())
+    return loaders
+
+
+@pytest.mark.parametrize("kind", ["memory", "memory, augment", "files"])
+@pytest.mark.parametrize("shares", [2, 4])
+def test_the_shares_of_a_batch_are_the_batch(shares, kind, photos, monkeypatch):
+    def make():
+        if kind == "files":
+            return in_files(photos, seed=1)[0]
+        return loader_of(pictures(30), batch_size=8, augment="augment" in kind)
+
+    alone = make()
+    alone.set_epoch(2)
+    batches, seen = list(alone), 0
+    loaders = of_each(monkeypatch, shares, make)
+    for loader in loaders:
+        loader.set_epoch(2)
+    steps = list(zip(*loaders, strict=True))
+    assert {len(loader) for loader in loaders} == {len(steps)}
+    assert loaders[0].settings == alone.settings
+    for (images, labels), parts in zip(batches, steps):
+        assert len({len(part[1]) for part in parts}) == 1 and len(parts[0][1]) > 1
+        whole = shares * len(parts[0][1])
+        seen += whole
+        for rank, part in enumerate(parts):
+            assert torch.equal(part[0], images[:whole][rank::shares])
+            assert torch.equal(part[1], labels[:whole][rank::shares])
+    # the last batch has 6 images, of files 5: a pair for each of two, and none for each of four
+    assert len(alone.labels) - seen == {2: {30: 0, 21: 1}, 4: {30: 6, 21: 5}}[shares][
+        len(alone.labels)]
+
+
+@pytest.mark.parametrize("count", [9, 11, 16])
+def test_all_processes_together_measure_every_image_once(count, monkeypatch):
+    images = pictures(count)
+    loaders = of_each(monkeypatch, 4, lambda: loader_of(images, batch_size=8, augment=False,
+                                                        shuffle=False))
+    parts = [[batch for batch, _ in loader] for loader in loaders]
+    assert [len(part) for part in parts] == [len(loader) for loader in loaders]
+    together = torch.cat(sum(parts, [])).permute(0, 2, 3, 1).byte()
+    assert sorted(x.numpy().tobytes() for x in together) == sorted(
+        x.numpy().tobytes() for x in images)
+
+
+def test_what_cannot_be_shared_is_refused(monkeypatch):
+    monkeypatch.setattr(common, "processes", lambda: (0, 4))
+    for batch_size, says in ((6, "--batch-size 6 is for all 4"), (4, "two or more"),
+                             (8, "7 training images are too few for 4")):
+        with pytest.raises(common.UserError, match=says):
+            load_data("shapes", "", batch_size, CPU, augment=False, seed=0, train_images=7)
+
+
+@pytest.mark.parametrize("rank, order", [(0, ["read", "wait"]), (1, ["wait", "read"])])
+def test_the_first_process_reads_first(rank, order, monkeypatch):
+    done = []
+    monkeypatch.setattr(common, "processes", lambda: (rank, 2))
+    monkeypatch.setattr(common, "wait_for_all", lambda: done.append("wait"))
+    common.in_turn(lambda: done.append("read"))
+    assert done == order
+    with pytest.raises(common.UserError):       # which no other process waits for in vain
+        common.in_turn(lambda: load_data("folder", "nowhere", 8, CPU, augment=False, seed=0))
+    assert done.count("wait") == 2

@@ -1,6 +1,10 @@
 """The networks: their sizes to the parameter, and what their taps show."""
+import urllib.error
+from pathlib import Path
+
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from common import (
@@ -22,21 +26,37 @@ COUNTS = {      # trainable parameters at 10 and at 100 classes, of the referenc
     "vgg13": (9_416_010, 9_462_180), "mobilenetv2": (590_026, 647_716),
     "mobilenetv2_half": (697_546, 812_836), "shufflenetv1": (862_768, 949_258),
     "shufflenetv2": (1_263_278, 1_355_528), "pyramidnet110_84": (3_904_446, 3_913_536),
-    "pyramidnet200_240": (26_752_702, 26_844_952)}
+    "pyramidnet200_240": (26_752_702, 26_844_952), "imagenet_resnet18": (11_181_642, 11_227_812),
+    "imagenet_resnet34": (21_289_802, 21_335_972), "imagenet_resnet50": (23_528_522, 23_712_932),
+    "imagenet_resnet101": (42_520_650, 42_705_060), "imagenet_resnet152": (58_164_298, 58_348_708),
+    "imagenet_mobilenet": (3_217_226, 3_309_476)}
+OF_1000 = {     # at ImageNet's 1000 classes: what the papers and torchvision say
+    "imagenet_resnet18": 11_689_512, "imagenet_resnet34": 21_797_672,
+    "imagenet_resnet50": 25_557_032, "imagenet_resnet101": 44_549_160,
+    "imagenet_resnet152": 60_192_808, "imagenet_mobilenet": 4_231_976}
 NAMES = ["wrn10_2", "wrn16_1", "wrn16_3", "resnet8", "resnet20", "resnet8x4", "resnet50",
          "mobilenetv2", "mobilenetv2_half", "vgg8", "vgg13", "shufflenetv1", "shufflenetv2",
-         "pyramidnet110_84"]
+         "pyramidnet110_84", "imagenet_resnet18", "imagenet_resnet50", "imagenet_mobilenet"]
 # pixels of the groups of an image of 32, where they are not 32, 16 and 8
 SIZES = {"resnet50": [32, 16, 8, 4], "vgg8": [16, 8, 4, 4], "vgg13": [16, 8, 4, 4],
          "mobilenetv2_half": [16, 8, 4, 2], "shufflenetv1": [16, 8, 4], "shufflenetv2": [16, 8, 4]}
+SIZES |= {name: [8, 4, 2, 1] for name in OF_1000}
 # what the papers and their code distil, as (channels, pixels): Overhaul's positions in PyramidNet
 PRE_RELU = {"pyramidnet200_240": [(100, 32), (180, 16), (1024, 8)],
             "pyramidnet110_84": [(44, 32), (72, 16), (100, 8)],
-            "wrn28_4": [(64, 32), (128, 16), (256, 8)], "resnet56": [(16, 32), (32, 16), (64, 8)]}
+            "wrn28_4": [(64, 32), (128, 16), (256, 8)], "resnet56": [(16, 32), (32, 16), (64, 8)],
+            "imagenet_mobilenet": [(128, 56), (256, 28), (512, 14), (1024, 7)]}
+PRE_RELU |= {name: [(256, 56), (512, 28), (1024, 14), (2048, 7)]
+             for name in ("imagenet_resnet50", "imagenet_resnet152")}
 # whose maps in front of the ReLU are a norm's output plus the shortcut
-SUMS = ("resnet", "shufflenetv1")
+SUMS = ("resnet", "shufflenetv1", "imagenet_resnet")
 # whose groups begin narrower than they end
 NARROWER = ("mobilenet", "vgg8", "pyramidnet")
+
+
+def pixels(name: str, small: int) -> int:
+    """The side of a test's image: four times `small` where the stem divides it by four."""
+    return 4 * small if name in OF_1000 else small
 
 
 def test_every_name_has_its_count():
@@ -52,10 +72,17 @@ def test_parameter_count(name, index, classes):
     assert trainable == COUNTS[name][index]
 
 
+@pytest.mark.parametrize("name", OF_1000)
+def test_parameter_count_on_imagenet(name):
+    with torch.device("meta"):
+        model = create_model(name, 1000)
+    assert sum(p.numel() for p in model.parameters()) == OF_1000[name]
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [16, 32])
 def test_taps_have_the_groups_shapes(name, size):
-    model = create_model(name, 7).eval()
+    model, size = create_model(name, 7).eval(), pixels(name, size)
     taps = model(torch.randn(2, 3, size, size), taps=True)
     sizes = [(side * size // 32,) * 2 for side in SIZES.get(name, [32, 16, 8])]
     assert isinstance(taps, Taps) and taps.logits.shape == (2, 7)
@@ -76,8 +103,8 @@ def test_taps_do_not_change_the_logits(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_forward_pass_runs_each_norm_once(name):
-    model = create_model(name, 10).train()
-    model(torch.randn(4, 3, 16, 16), taps=True)
+    model, size = create_model(name, 10).train(), pixels(name, 16)
+    model(torch.randn(4, 3, size, size), taps=True)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(m.num_batches_tracked.item() == 1 for m in norms)
 
@@ -95,7 +122,8 @@ def test_returned_maps_are_never_overwritten(name):
 
     for module in model.modules():
         module.register_forward_hook(remember)
-    taps = model(torch.randn(4, 3, 16, 16), taps=True)
+    size = pixels(name, 16)
+    taps = model(torch.randn(4, 3, size, size), taps=True)
     maps = [*taps.entries, *taps.stages, *taps.pre_relu]
     assert sum(id(tensor) in seen for tensor in maps) >= 4
     for tensor in maps:
@@ -152,7 +180,8 @@ def test_initialisation_is_he_fan_out():
 @pytest.mark.parametrize("name", PRE_RELU)
 def test_the_overhaul_papers_positions(name):
     with torch.device("meta"), torch.no_grad():
-        taps = create_model(name, 100).eval()(torch.empty(1, 3, 32, 32), taps=True)
+        size = 224 if name in OF_1000 else 32
+        taps = create_model(name, 100).eval()(torch.empty(1, 3, size, size), taps=True)
     assert [tuple(x.shape[1:3]) for x in taps.pre_relu] == PRE_RELU[name]
 
 
@@ -196,8 +225,11 @@ def test_the_printed_table(capsys):
     for name, (small, large) in COUNTS.items():
         line = next(line for line in lines if line.startswith(f"{name} "))
         assert line.split()[1:3] == [f"{small:,}", f"{large:,}"]
+        assert name not in OF_1000 or line.split()[3] == f"{OF_1000[name]:,}"
     row = next(line for line in lines if line.startswith("wrn16_3 "))
-    assert row.split()[3:] == ["48x32", "96x16", "192x8"] * 3
+    assert row.split()[4:] == ["48x32", "96x16", "192x8"] * 3
+    row = next(line for line in lines if line.startswith("imagenet_resnet18 "))
+    assert row.split()[4:] == ["64x56", "128x28", "256x14", "512x7"] * 3
     assert any("resnet20 from mobilenetv2" in line for line in lines)
 
 
@@ -220,9 +252,9 @@ def test_pyramids_grow_by_alpha():
     assert torch.equal(out[:, 44:], y[:, 44:]), "new channels have nothing added"
 
 
-@pytest.mark.parametrize("name", ["wrn16_1", "resnet8", "mobilenetv2", "vgg8", "shufflenetv1",
-                                  "shufflenetv2", "pyramidnet"])
+@pytest.mark.parametrize("name", ["mobilenetv2", "shufflenetv2", "pyramidnet"])
 def test_forward_compiles_as_one_graph(name):
+    """Those with unusual blocks; of the others the steps are compiled in test_compile.py."""
     small = name == "pyramidnet"        # one of 20 layers, to spare time
     model = pyramidnet(20, 12, False, 10) if small else create_model(name, 10)
     model, x = model.eval(), torch.randn(2, 3, 16, 16)
@@ -235,7 +267,8 @@ def test_forward_compiles_as_one_graph(name):
 
 @pytest.mark.parametrize("name, says", [
     ("wrn17_3", "6n+4"), ("wrn16_0", "width"), ("wrn4_1", "6n+4"), ("resnet21", "6n+2"),
-    ("resnet2", "6n+2"), ("vit", "wrn16_3"), ("", "resnet20"), ("wrn16_3 ", "known are")])
+    ("resnet2", "6n+2"), ("imagenet_resnet19", "known are"), ("18", "known are"),
+    ("vit", "wrn16_3"), ("", "resnet20"), ("wrn16_3 ", "known are")])
 def test_wrong_names_are_refused(name, says):
     with pytest.raises(ValueError, match=says.replace("+", r"\+")):
         create_model(name, 10)
@@ -276,6 +309,56 @@ def test_weights_are_loaded_whole_or_not_at_all(tmp_path):
         assert weights_hash(target) == before
 
 
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_torchvisions_weights_give_torchvisions_outputs(depth, tmp_path):
+    torch.manual_seed(depth)
+    with torch.device("meta"):      # without the initialisation, which takes most of the time
+        theirs = getattr(torchvision.models, f"resnet{depth}")(num_classes=20).eval()
+        ours = create_model(f"imagenet_resnet{depth}", 20).eval()
+    ours, theirs = ours.to_empty(device="cpu"), theirs.to_empty(device="cpu")
+    weights = theirs.state_dict()
+    for key, x in weights.items():      # all unlike: none may stand for another
+        if x.is_floating_point():
+            x.uniform_(0.2, 0.5) if x.ndim == 1 else x.uniform_(-1, 1).div_(x[0].numel() ** 0.5)
+    if depth == 34:     # as files of old have it
+        weights = {key: x for key, x in weights.items() if not key.endswith("batches_tracked")}
+    torch.save(weights, tmp_path / "published.pth")
+    load_weights(ours, tmp_path / "published.pth")
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        logits = theirs(images)
+        assert torch.allclose(ours(images), logits, rtol=1e-5, atol=1e-5 * logits.abs().max())
+    assert logits.std() > 1e-3
+    if depth == 50:
+        with pytest.raises(UserError, match="is of another network"):
+            load_weights(create_model("imagenet_resnet18", 20), tmp_path / "published.pth")
+
+
+def test_published_weights_by_name(monkeypatch):
+    weights = torchvision.models.resnet18(num_classes=1000).state_dict()
+    name, asked = Path("ResNet18_Weights.IMAGENET1K_V1"), []
+
+    def fetch(self, **options):
+        asked.append(self.url)
+        return weights
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fetch)
+    network = create_model("imagenet_resnet18", 1000)
+    load_weights(network, name)
+    assert asked[0].startswith("https://download.pytorch.org/models/resnet18")
+    assert torch.equal(network.classifier.weight, weights["fc.weight"])
+
+    def offline(self, **options):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", offline)
+    for wrong, says in ((name, "models/resnet18-"), (Path("ResNet18_Weights.NO"), "has no such"),
+                        (Path("None_Weights.DEFAULT"), "has no such"),
+                        (Path("ResNet18.pth"), "is missing")):
+        with pytest.raises(UserError, match=says):
+            load_weights(network, wrong)
+
+
 def test_the_hash_sees_every_weight_and_statistic():
     network = create_model("wrn10_1", 10)
     first = weights_hash(network)
@@ -300,11 +383,12 @@ def test_a_seed_makes_one_network():
 @pytest.mark.parametrize("teacher, student, refused", [
     ("wrn16_3", "wrn16_1", ""), ("vgg8", "resnet8", "count sizes"),
     ("wrn10_1", "shufflenetv1", "sizes"), ("resnet50", "mobilenetv2_half", "sizes"),
-    ("mobilenetv2", "resnet20", "")])
+    ("mobilenetv2", "resnet20", ""), ("imagenet_resnet152", "imagenet_mobilenet", ""),
+    ("resnet50", "imagenet_resnet18", "sizes")])
 def test_pairs(teacher, student, refused):
     for alike in ("", "count", "sizes"):
         if alike and alike in refused:
             with pytest.raises(UserError, match=f"of {teacher} ends in .* of {student} in"):
-                check_pair(teacher, student, 32, alike)
+                check_pair(teacher, student, pixels(student, 32), alike)
         else:
-            check_pair(teacher, student, 32, alike)
+            check_pair(teacher, student, pixels(student, 32), alike)

@@ -11,6 +11,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import bench
 import pytest
 import reproduce
 from common import one_line
@@ -85,6 +86,13 @@ def test_what_is_replaced_and_where_runs_lie():
     assert [row.label for row in settings] == ["teacher", "baseline", "KD", "AT", "overhaul"]
     # the smallest of runs has an epoch for each of FSP's stages
     assert "--fsp-epochs 1 " in " ".join(plan_of("six", epochs=1).jobs()[6].line)
+    # on ImageNet teachers are torchvision's; on other data they are trained
+    lines = [" ".join(job.line) for job in plan_of("overhaul-4").jobs()]
+    assert len(lines) == 2 + 2 * 3 and not any("--student imagenet_resnet152" in x for x in lines)
+    assert lines[0].startswith("kd.py --dataset imagenet --student imagenet_resnet50 --milestones")
+    assert sum("--teacher-ckpt ResNet152_Weights.IMAGENET1K_V1" in line for line in lines) == 3
+    lines = [" ".join(job.line) for job in plan_of("overhaul-4", dataset="shapes").jobs()]
+    assert len(lines) == 3 + 2 * 3 and not any("Weights" in line for line in lines)
     # a data set in a folder goes by its name
     path = plan_of("six", dataset="folder", data_dir=Path("pictures/cats")).jobs()[0].folders[0]
     assert path == Path("out/cats/folder/baseline/wrn16_3/seed0")
@@ -107,11 +115,37 @@ def test_the_papers_numbers_are_those_of_its_best_and_worst_rows():
     assert paper("skd-3", "SKD", "wrn40_2", "wrn40_1") == "75.06"
     assert paper("skd-4", "KD", "resnet50", "vgg8") == "73.81"
     assert paper("skd-7", "SKD", "resnet110", "resnet14") == "69.2"
+    large = [f"imagenet_{name}" for name in ("resnet152", "resnet50", "mobilenet", "resnet18")]
+    assert paper("overhaul-4", "overhaul", *large[:2]) == "78.35"
+    assert paper("overhaul-4", "KD", *large[1:3]) == "68.58"
+    assert paper("skd-5", "AT", "imagenet_resnet34", large[3]) == "70.70"
+    assert paper("skd-6", "KD", large[0], large[3]) == "68.84"
+    # the first epochs of a lower rate: Heo et al. drop at the 30th epoch, Guo et al. after it
+    drops = {name: [1 + round(100 * part) for part in importlib.import_module(name)
+                    .RECIPES["imagenet"]["milestones"]] for name in ("kd", "at", "overhaul", "skd")}
+    assert drops == {"kd": [31, 61, 81, 91], "at": [31, 61, 91], "overhaul": [30, 60, 90],
+                     "skd": [31, 61, 81, 91]}
+    assert [1 + round(100 * float(part)) for part in reproduce.EVERY_30.split()[1:]] == [30, 60, 90]
     row = next(row for row in reproduce.TABLES["skd-7"].rows
                if (row.label, row.teacher) == ("KD", "resnet44"))
     assert row.beside == {"G_entropy": 0.222, "G_f": 0.063, "soft loss": 2.1}
     for name, table in reproduce.TABLES.items():
         assert len({row[:4] for row in table.rows}) == len(table.rows), name
+
+
+def test_what_a_step_on_imagenet_costs():
+    """Against the networks' own counts; the teacher's maps are not kept, bfloat16's are half."""
+    pair = ("imagenet_resnet34", "imagenet_resnet18")
+    large, small = (reproduce.operations(name, 224) for name in pair)
+    done, kept = bench.cost("kd", *pair, bf16=False)
+    assert done / 256 == pytest.approx(large + 3 * small, rel=1e-3)
+    alone, kept_alone = bench.cost("kd", None, pair[1], bf16=False)
+    assert alone / 256 == pytest.approx(3 * small, rel=1e-3)
+    assert kept == pytest.approx(kept_alone, rel=1e-3)
+    _, halved = bench.cost("kd", *pair, bf16=True)
+    assert 0.48 < halved / kept < 0.56
+    # by hand: the maps of ResNet18's 20 convolutions and norms, at 2.3 M values an image, twice
+    assert 256 * 2 * 2.3e6 * 4 / 2 ** 30 == pytest.approx(kept, rel=0.2)
 
 
 def cells(out: str) -> dict[str, list[str]]:
@@ -197,7 +231,7 @@ def test_a_table_from_the_first_run_to_the_last(cli, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="runs outlive a killed driver elsewhere")
-def test_kill_9_and_the_same_command_again(cli, tmp_path):
+def test_kill_9_and_the_same_command_again(capsys, tmp_path, monkeypatch):
     """The driver's runs end with it; the same command finishes the table."""
     command = ["fsp-1", *TINY, "--runs", "1", "--jobs", "2", "--out", str(tmp_path)]
     command[command.index("--teacher") + 1] = "resnet8"
@@ -214,8 +248,12 @@ def test_kill_9_and_the_same_command_again(cli, tmp_path):
             assert str(tmp_path) not in line.read_text(), "a run has outlived the driver"
         except (FileNotFoundError, ProcessLookupError):
             pass
-    done = cli("reproduce", *command)
-    assert done.code == 0 and len(cells(done.out)) == 1 + 3, done.err
+    monkeypatch.setattr(reproduce.subprocess, "Popen", InProcess)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *command])
+    with pytest.raises(SystemExit) as end:
+        reproduce.main()
+    assert end.value.code == 0
+    assert len(cells(capsys.readouterr().out)) == 1 + 3
     logs = [folder for folder in tmp_path.rglob("seed0") if reproduce.complete(folder)]
     assert len(logs) == 4       # the teacher, a third of its epochs, and FSP's two stages
 

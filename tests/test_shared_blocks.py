@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^# --- shared: (?P<name>[^\n]+) ---\n.*?^# --- end shared ---\n", re.S | re.M)
 OPTIONAL = {"kd loss"}      # a method without a KD term has no use for it
 PACKAGES = {"torch", "torchvision", "numpy", "common"}
-# networks and data, and what belongs to them: weights in files, flags, precision
+# networks and data, and what belongs to them: weights in files, flags, precision, processes
 FROM_COMMON = {"ImageLoader", "UserError", "add_data_flags", "begin_run", "check_pair",
-               "flag_options", "full", "has_bf16", "limited", "load_data", "load_weights",
-               "new_model", "one_line", "read_log", "read_run", "weights_hash", "write_run"}
-BUDGET = {"kd.py": 275, "at.py": 310, "README.md": 190}     # lines; of any other script 360
+               "flag_options", "full", "has_bf16", "join_processes", "limited", "load_data",
+               "load_weights", "new_model", "one_line", "processes", "read_log", "read_run",
+               "share_statistics", "summed", "weights_hash", "write_run"}
+BUDGET = {"kd.py": 295, "at.py": 330, "README.md": 190}     # lines; of any other script 380
 
 
 def scripts(root: Path) -> list[Path]:
@@ -129,15 +130,15 @@ def test_no_sync_inside_the_step_loop(path):
 
 @pytest.mark.parametrize("name", ["README.md", "kd.py", *(path.name for path in scripts(ROOT))])
 def test_the_budget_of_lines(name):
-    assert len((ROOT / name).read_text().splitlines()) <= BUDGET.get(name, 360)
+    assert len((ROOT / name).read_text().splitlines()) <= BUDGET.get(name, 380)
     if name.endswith(".py"):
-        assert sum(block.count("\n") for block in blocks(ROOT / name).values()) <= 155
+        assert sum(block.count("\n") for block in blocks(ROOT / name).values()) <= 175
 
 
 def test_kd_and_at_differ_by_the_lesson():
     ours, theirs = ((ROOT / name).read_text().splitlines() for name in ("kd.py", "at.py"))
     changed = [line for line in difflib.ndiff(ours, theirs) if line[0] in "+-"]
-    assert len(changed) < 110
+    assert len(changed) < 115
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")) + sorted((ROOT / "tests").glob("*.py")),
