@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+# one thread: with networks of this size two are hardly faster, and on busy cores much slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "common"]

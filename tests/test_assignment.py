@@ -17,11 +17,6 @@ ALL = [(name, wrong) for name in assignment.FUNCTIONS for wrong in MISTAKES[name
 NAMES = [f"{name}-{wrong.__name__}" for name, wrong in ALL]
 
 
-def run(*words: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-B", str(ROOT / "tests/assignment.py"),
-                           *map(str, words)], capture_output=True, text=True, timeout=240)
-
-
 def test_every_function_has_mistakes_and_is_right_itself():
     assert MISTAKES.keys() == set(assignment.FUNCTIONS) and len(ALL) > 60
     assert len({(name, wrong.__doc__) for name, wrong in ALL}) == len(ALL)
@@ -35,6 +30,16 @@ def test_every_function_has_mistakes_and_is_right_itself():
 def test_a_mistake_is_called_by_its_name(name, wrong):
     assert assignment.judge(name, assignment.results(wrong, name)) == (wrong.__name__,
                                                                       wrong.__doc__)
+
+
+def test_two_mistakes_at_once_are_called_by_the_one_that_shows_in_the_value():
+    import mistakes
+
+    def both(z, v, tau):        # no factor, and the teacher gets a gradient
+        return mistakes.kl(mistakes.soft(z, tau), mistakes.soft(v, tau))
+
+    word, says = assignment.judge("kd.kd_loss", assignment.results(both, "kd.kd_loss"))
+    assert word == "no_tau_squared" and says.endswith("the gradient differs besides")
 
 
 def detached(name: str) -> list:
@@ -115,7 +120,7 @@ def test_a_blanked_copy_keeps_docstrings_and_all_else_works(copy):
     text = (copy / "at.py").read_text()
     assert "SUM over the pairs of the MEAN over batch and pixels" in text
     assert "adaptive_avg_pool2d" not in text and "NotImplementedError" in text
-    for name in ("assignment", "mistakes", "test_assignment", "reference"):
+    for name in ("assignment", "mistakes", "test_assignment"):
         assert not list((copy / "tests").glob(f"{name}*")), "the answers lie beside the task"
     # the plain way: the tests of the loss, by name
     done = subprocess.run([sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p",
@@ -124,7 +129,7 @@ def test_a_blanked_copy_keeps_docstrings_and_all_else_works(copy):
     assert done.returncode == 1 and "at_loss: the docstring has the equation" in done.stdout
 
 
-def test_submissions_are_graded_apart(copy, tmp_path):
+def test_submissions_are_graded_apart(copy, tmp_path, capsys, monkeypatch):
     """Right in another style, a mistake, nothing, a crash, an endless loop, exit, a lie."""
     other_style = """    total = 0.0
     for a, b in zip(student_stages, teacher_stages):
@@ -160,10 +165,14 @@ def test_submissions_are_graded_apart(copy, tmp_path):
     return (student - teacher_target)[wrong].pow(2).sum()
 """)
     folders = [tmp_path / name for name in [*bodies, "ida", "jon"]]
-    done = run("grade", *folders, "--loss", "at_loss", "--loss", "partial_l2", "--seconds", "3",
-               "--json")
-    assert done.returncode == 2, done.stderr
-    found = {(Path(folder).name, loss): verdict for folder, of in json.loads(done.stdout).items()
+    monkeypatch.setattr(sys, "argv", ["assignment.py", "grade", *map(str, folders), "--loss",
+                                      "at_loss", "--loss", "partial_l2", "--seconds", "3",
+                                      "--json"])
+    with pytest.raises(SystemExit) as end:
+        assignment.main()
+    assert end.value.code == 2
+    printed = capsys.readouterr().out
+    found = {(Path(folder).name, loss): verdict for folder, of in json.loads(printed).items()
              for loss, verdict in of.items()}
     assert found["ann", "at.at_loss"] == {"verdict": "right", "says": ""}
     assert found["bob", "at.at_loss"]["verdict"] == "sum_over_pixels"
