@@ -11,13 +11,14 @@ import reproduce
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+LABS = (ROOT / "tests/labs.md").read_text()
 RECORDS = ROOT / "tests/reference"
 METHODS = ["kd", "at", "atang", "fsp", "overhaul", "skd"]
 COMMAND = r"python ((?:kd|at|atang|fsp|overhaul|skd)\.py[^`#\n|&]*)"
 
 
 def commands() -> list[str]:
-    texts = [README] + [ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text()))
+    texts = [README, LABS] + [ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text()))
                         for name in METHODS]
     found = []
     for text in texts:
@@ -48,7 +49,8 @@ def test_the_readme_names_what_there_is():
     assert len(commands()) > 12
     for name in re.findall(r"`(\w+\.py)`", README) + re.findall(r"(tests/\w+\.py)", README):
         assert name == "mine.py" or (ROOT / name).exists(), name
-    texts = [(ROOT / f"{name}.py").read_text() for name in [*METHODS, "common", "tests/reproduce"]]
+    texts = [(ROOT / f"{name}.py").read_text() for name in
+             [*METHODS, "common", "tests/reproduce", "tests/look"]]
     entries = {key for name in METHODS for key in importlib.import_module(name).RECIPES["shapes"]}
     for flag in re.findall(r"`--(?:no-)?([a-z0-9-]+)", README):
         assert flag == "help" or flag.replace("-", "_") in entries or any(
