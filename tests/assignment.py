@@ -34,6 +34,11 @@ FUNCTIONS = ["kd.kd_loss", "at.attention_map", "at.at_loss", "atang.attention_ma
              "fsp.fsp_loss", "overhaul.channel_margin", "overhaul.margin_relu",
              "overhaul.partial_l2", "overhaul.overhaul_loss", "skd.entropy", "skd.free_energy",
              "skd.spherical", "skd.skd_loss"]
+# a loss that is wrong may be so because of what it is made of
+USES = {"at.at_loss": ["at.attention_map"], "fsp.fsp_loss": ["fsp.fsp_matrix"],
+        "atang.atang_loss": ["atang.attention_map", "atang.angular_map"],
+        "atang.amd_loss": ["atang.attention_map"], "skd.skd_loss": ["skd.spherical"],
+        "overhaul.overhaul_loss": ["overhaul.margin_relu", "overhaul.partial_l2"]}
 # what a teacher keeps, and what does not belong to a copy
 KEPT = ("assignment.py", "mistakes.py", "test_assignment.py", "test_readme.py", "__pycache__",
         ".git", ".pytest_cache", ".ci", "runs", "data")
@@ -257,6 +262,18 @@ def judge(name: str, given: object) -> tuple[str, str]:
     return "wrong", "the values are right, the gradients are not"
 
 
+def with_causes(verdicts: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """Beside a wrong result without a name, which of the functions that it uses are not right."""
+    found = {}
+    for name, (word, says) in verdicts.items():
+        causes = [used for used in USES.get(name, [])
+                  if verdicts.get(used, ("right", ""))[0] != "right"]
+        if word == "wrong" and causes:
+            says += f"; it uses {' and '.join(causes)}, not right either"
+        found[name] = word, says
+    return found
+
+
 # --- commands ------------------------------------------------------------------------------------
 
 def chosen(names: list[str] | None) -> list[str]:
@@ -307,7 +324,7 @@ def grade(folders: list[Path], functions: list[str], seconds: float, as_json: bo
     verdicts = {}
     for folder in folders:
         given = collect(folder, functions, seconds)
-        verdicts[str(folder)] = {name: judge(name, given[name]) for name in functions}
+        verdicts[str(folder)] = with_causes({name: judge(name, given[name]) for name in functions})
     if as_json:
         print(json.dumps({folder: {name: {"verdict": word, "says": says}
                                    for name, (word, says) in of.items()}

@@ -42,6 +42,14 @@ def test_two_mistakes_at_once_are_called_by_the_one_that_shows_in_the_value():
     assert word == "no_tau_squared" and says.endswith("the gradient differs besides")
 
 
+def test_a_wrong_result_names_what_it_is_made_of():
+    found = assignment.with_causes({"fsp.fsp_matrix": ("transposed", "..."),
+                                    "fsp.fsp_loss": ("wrong", "gives 2 where 1 is right"),
+                                    "at.at_loss": ("wrong", "gives 3")})
+    assert found["fsp.fsp_loss"][1].endswith("it uses fsp.fsp_matrix, not right either")
+    assert found["at.at_loss"] == ("wrong", "gives 3")
+
+
 def detached(name: str) -> list:
     if name in one.FEATURE_LOSSES:
         return [lambda: one.test_teacher_gets_no_gradient(name)]
@@ -124,7 +132,7 @@ def test_a_blanked_copy_keeps_docstrings_and_all_else_works(copy):
         assert not list((copy / "tests").glob(f"{name}*")), "the answers lie beside the task"
     # the plain way: the tests of the loss, by name
     done = subprocess.run([sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p",
-                           "no:cacheprovider", "tests/test_losses.py", "-k", "at_is"],
+                           "no:cacheprovider", "tests/test_losses.py", "-k", "test_at_is"],
                           cwd=copy, capture_output=True, text=True)
     assert done.returncode == 1 and "at_loss: the docstring has the equation" in done.stdout
 
