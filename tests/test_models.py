@@ -1,4 +1,5 @@
 """The networks: their sizes to the parameter, and what their taps show."""
+import functools
 import urllib.error
 from pathlib import Path
 
@@ -207,12 +208,17 @@ def test_the_first_relu_after_a_group_sees_the_pre_relu_map(name, monkeypatch):
     assert None not in order and order == sorted(order) and len(set(order)) == len(order)
 
 
+@functools.cache
+def sizes_of(name: str) -> list[int]:
+    with torch.device("meta"), torch.no_grad():
+        taps = create_model(name, 10).eval()(torch.empty(1, 3, 32, 32), taps=True)
+    return [x.shape[2] for x in taps.stages]
+
+
 @pytest.mark.parametrize("pair", sorted({pair for pairs in PAIRS.values() for pair in pairs}))
 def test_the_papers_pairs_have_groups_that_pair(pair):
     """FSP and AT want as many groups, ATang and Overhaul their own pairs of equal sizes too."""
-    with torch.device("meta"), torch.no_grad():
-        sizes = [[x.shape[2] for x in create_model(name, 10).eval()(
-            torch.empty(1, 3, 32, 32), taps=True).stages] for name in pair]
+    sizes = [sizes_of(name) for name in pair]
     assert len(sizes[0]) == len(sizes[1])
     alike = [table for table, pairs in PAIRS.items() if pair in pairs
              and table.startswith(("ATang", "FSP", "Overhaul"))]
