@@ -47,6 +47,11 @@ class UserError(ValueError):
     """What the person at the keyboard can mend; a script prints its message as one line."""
 
 
+def in_short(error: Exception) -> str:
+    """What an error says first: torch's go on for pages."""
+    return str(error).strip().split("\n")[0][:200]
+
+
 def one_line(error: Exception) -> str:
     """What a user can mend, in one line; any other error is raised again, traceback and all."""
     lost = isinstance(error, RuntimeError) and re.search("by peer|gloo|NCCL", str(error))
@@ -54,14 +59,12 @@ def one_line(error: Exception) -> str:
         time.sleep(3)       # torchrun ends this process where another one has said it all
         sys.stderr = sys.__stderr__
     if lost:
-        reason = str(error).splitlines()[0][:200]
-        return (f"error: another process of this run has ended or cannot be reached ({reason}); "
-                f"the same command goes on from there")
+        return (f"error: another process of this run has ended or cannot be reached "
+                f"({in_short(error)}); the same command goes on from there")
     if "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
         return "error: out of memory: choose a smaller --batch-size, --image-size or network"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        reason = str(error).strip().splitlines()[0][:200]
-        return f"error: torch.compile failed ({reason}): go on without --compile"
+        return f"error: torch.compile failed ({in_short(error)}): go on without --compile"
     if str(error).startswith("DataLoader worker"):
         return "error: a process that decodes images was killed: choose fewer --workers"
     if isinstance(error, UserError | OSError):
@@ -102,8 +105,8 @@ def join_processes() -> None:
         # gloo for what lies on the CPU, nccl on GPUs; long enough to decode a large folder
         distributed.init_process_group(timeout=timedelta(hours=3))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes cannot meet ({str(error).splitlines()[0][:200]}): start "
-                        f"them by torchrun, with another --master-port") from None
+        raise UserError(f"the processes cannot meet ({in_short(error)}): start them by torchrun, "
+                        f"with another --master-port") from None
     lines = [None] * processes()[1]
     distributed.all_gather_object(lines, sys.argv[1:])
     for number, line in enumerate(lines):

@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_loader import Pictures  # noqa: E402
 from common import (  # noqa: E402
     PAIRS, ImageLoader, Split, create_model, keep_memory, new_model)
+from reproduce import IMAGES, print_markdown  # noqa: E402
 
 SCRIPTS = ["kd", "at", "atang", "fsp", "overhaul", "skd"]
 CLASSES = [str(n) for n in range(10)]
@@ -235,17 +236,17 @@ def on_paper(gpus: int, peak: float, utilisation: float) -> None:
     print(f"ImageNet, 224 pixels. GiB: maps kept for the backward pass of 256 images. images/s: "
           f"what all loaders\nmust give, for {gpus} GPUs at {100 * utilisation:g} % (assumed) of a "
           f"peak of {peak:g} TFLOP/s each. hours: 100 epochs\n")
-    heads = ["", "student", "teacher", "GFLOP an image", "GiB, float32", "GiB, bfloat16",
-             "images/s", "hours"]
-    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    lines = [["", "student", "teacher", "GFLOP an image", "GiB, float32", "GiB, bfloat16",
+              "images/s", "hours"]]
     for script, teacher, student in rows:
         operations, memory = cost(script, teacher, student, bf16=False)
         _, halved = cost(script, teacher, student, bf16=True)
         speed = gpus * peak * 1e12 * utilisation / (operations / 256)
-        names = [(name or "-").removeprefix("imagenet_") for name in (student, teacher)]
-        print(f"| {script if teacher else 'baseline'} | {names[0]} | {names[1]} | "
-              f"{operations / 256e9:.1f} | {memory:.1f} | {halved:.1f} | {speed:,.0f} | "
-              f"{100 * 1_281_167 / speed / 3600:.1f} |")
+        names = [(name or "").removeprefix("imagenet_") for name in (student, teacher)]
+        lines.append([script if teacher else "baseline", *names, f"{operations / 256e9:.1f}",
+                      f"{memory:.1f}", f"{halved:.1f}", f"{speed:,.0f}",
+                      f"{100 * IMAGES['imagenet'] / speed / 3600:.1f}"])
+    print_markdown(lines)
 
 
 def main() -> None:

@@ -4,13 +4,16 @@ import importlib
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
 # one thread: with networks of this size two are hardly faster, and on busy cores much slower
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "common"]
@@ -19,6 +22,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 sys.dont_write_bytecode = True
 common = importlib.import_module("common")
 common.draw_shapes = functools.lru_cache(common.draw_shapes)    # the same pictures for every test
+bench = importlib.import_module("bench")
 
 # A whole experiment in a second or two.
 SMALL = ["--dataset", "shapes", "--train-images", "192", "--epochs", "2", "--teacher", "wrn10_1",
@@ -44,15 +48,26 @@ class Result:
         return line
 
 
+def fewer(draw: Callable) -> Callable:
+    """draw_shapes, but with accuracies measured on 200 images, not on 2000, to spare time."""
+    return lambda count, seed: draw(count if seed == 1 else 200, seed)
+
+
+def pair_in_float64(script: str, args: Namespace, loaders: tuple) -> tuple[nn.Module, nn.Module]:
+    """The student, with the connectors of its method, and the teacher."""
+    teacher = common.new_model(args.teacher, loaders[0], 0).eval().requires_grad_(False)
+    student = common.new_model(args.student, loaders[0], 1)
+    bench.connect(script, student, teacher, args, next(iter(loaders[1]))[0][:2])
+    return student.double(), teacher.double()
+
+
 @pytest.fixture
 def cli(capsys, monkeypatch):
     """cli("kd", "--epochs", "2", ...) -> Result: main() of a script or tool, in this process.
 
-    Its accuracies are measured on 200 images, not on 2000, to spare time.
+    Its accuracies are those of `fewer` images.
     """
-    draw = common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes",
-                        lambda count, seed: draw(count if seed == 1 else 200, seed))
+    monkeypatch.setattr(common, "draw_shapes", fewer(common.draw_shapes))
 
     def call(script: str, *flags: object) -> Result:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])

@@ -9,9 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SCRIPTS, SMALL, equal_bits, state
-
-import common
+from conftest import SCRIPTS, SMALL, equal_bits, pair_in_float64, state
 
 BACKEND = os.environ.get("TORCH_COMPILE_BACKEND", "aot_eager")
 
@@ -37,13 +35,8 @@ def five_steps(script: str, *flags: str) -> list[list[float]]:
     module = importlib.import_module(script)
     sys.argv = [f"{script}.py", *SMALL, "--batch-size", "32", "--no-augment", *flags]
     args, loaders = module.prepare()
-    teacher = common.new_model(args.teacher, loaders[0], 0).double().eval().requires_grad_(False)
-    student = common.new_model(args.student, loaders[0], 1).double()
-    if script == "overhaul":
-        module.connect(student, teacher, args)
-    if script == "fsp":
-        module.connect(student, teacher, next(iter(loaders[1]))[0][:2].double())
-    student.double().train()
+    student, teacher = pair_in_float64(script, args, loaders)
+    student.train()
     step = module.wrap_step(student, module.make_step(student, teacher, args), args)
     optimizer = torch.optim.SGD(student.parameters(), args.lr / 100, 0.9)
     found = []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SMALL, equal_bits, result_of, state
+from conftest import ROOT, SCRIPTS, SMALL, equal_bits, fewer, pair_in_float64, result_of, state
 
 import common
 
@@ -32,12 +32,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def fewer_images() -> None:
-    """As in conftest's `cli`: accuracies of 200 images, to spare time."""
-    draw = common.draw_shapes
-    common.draw_shapes = lambda count, seed: draw(count if seed == 1 else 200, seed)
-
-
 def in_process(work, rank: int, count: int, port: int, out: Path, args: list) -> None:
     """`work`, in a process of torchrun's kind; what it prints goes to a file."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
@@ -45,7 +39,7 @@ def in_process(work, rank: int, count: int, port: int, out: Path, args: list) ->
     torch.set_num_threads(1)
     sys.stdout = open(out / f"out{rank}", "w", buffering=1)
     sys.stderr = sys.__stderr__ = open(out / f"err{rank}", "w", buffering=1)
-    fewer_images()
+    common.draw_shapes = fewer(common.draw_shapes)
     work(rank, out, *args)
 
 
@@ -86,14 +80,7 @@ def gradients(script: str, out: Path) -> dict[str, torch.Tensor]:
     own = ["--teacher-bn", "running"] if script == "overhaul" else []
     sys.argv = [f"{script}.py", *FLAGS, *own, "--no-augment", "--out", str(out)]
     args, loaders = module.prepare()
-    torch.manual_seed(5)
-    teacher = common.new_model("wrn10_1", loaders[0], 1).eval().requires_grad_(False)
-    student = common.new_model("resnet8", loaders[0], 2)
-    if script == "overhaul":
-        module.connect(student, teacher, args)
-    if script == "fsp":
-        module.connect(student, teacher, next(iter(loaders[1]))[0][:2])
-    student.double(), teacher.double()
+    student, teacher = pair_in_float64(script, args, loaders)
     images, labels = next(iter(loaders[0]))
     step = module.make_step(student.eval(), teacher, args)
     if script == "fsp":
@@ -142,9 +129,7 @@ def train(rank: int, out: Path, script: str, stop: int, *flags: str) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_gradients_and_images_are_those_of_one_process(count, tmp_path, monkeypatch):
     """101 images in batches of 32: of 5 left over two processes share 4, four could take one."""
-    draw = common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes",
-                        lambda count, seed: draw(count if seed == 1 else 200, seed))
+    monkeypatch.setattr(common, "draw_shapes", fewer(common.draw_shapes))
     assert start(look, count, tmp_path) == [0] * count
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(count)]
     for script in SCRIPTS:
@@ -263,5 +248,5 @@ def test_killed_in_all_processes_then_in_one_of_torchruns(tmp_path):
 
 
 if __name__ == "__main__":      # what torchrun starts
-    fewer_images()
+    common.draw_shapes = fewer(common.draw_shapes)
     main_of(0, Path(), *sys.argv[1:])
