@@ -101,7 +101,10 @@ def cases(function: str) -> list[tuple[list, dict]]:
             pairs.append([(first, second), (third, fourth)])
         return [(pairs, {})]
     if name == "channel_margin":
-        return [([norm], {})]
+        far = nn.BatchNorm2d(4).double()    # hardly ever negative; apart, as its margins are small
+        with torch.no_grad():
+            far.bias.copy_(torch.tensor([3.5, 4.0, 5.0, 6.0]) * far.weight)
+        return [([norm], {}), ([far], {})]
     if name == "margin_relu":
         return [([normal(3, 4, 4, 4), -normal(4).abs()], {})]
     if name == "partial_l2":

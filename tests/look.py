@@ -508,11 +508,11 @@ def draw_sweep(args: argparse.Namespace, extra: list[str]) -> None:
 
 
 def final_loss(folder: Path, log: list[dict]) -> tuple[str, float]:
-    """Name and value of the last distillation term, without its weight where that is recorded."""
+    """Name and value of the last distillation term, without its weight if the log has that."""
     for row in reversed(log[1:]):
         if terms := [key for key in row if key not in NO_TERM | {"ce"}]:
-            weight = log[0]["settings"].get(WEIGHTS.get(terms[-1])) or 1.0
-            return terms[-1], row[terms[-1]] / weight
+            term, weight = terms[-1], log[0]["settings"].get(WEIGHTS.get(terms[-1]))
+            return (term, row[term] / weight) if weight else (f"{term} with its weight", row[term])
     raise UserError(f"{folder} has no distillation loss: leave baselines out")
 
 
@@ -539,7 +539,7 @@ def draw_scatter(args: argparse.Namespace) -> None:
         enough = len(losses) > 2 and len(set(losses)) > 1 < len(set(tests))
         told = f", r = {correlation(losses, tests):+.2f}" if enough else ""
         axes.set_title(f"{term}, {len(losses)} runs{told}")
-        axes.set_xlabel("last epoch's loss, without its weight")
+        axes.set_xlabel("last epoch's loss" + ("" if " " in term else ", without its weight"))
         axes.set_ylabel("accuracy, per cent")
         axes.locator_params(axis="x", nbins=4)
         axes.xaxis.set_major_formatter("{x:.4g}")
@@ -598,7 +598,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace, list[str]]:
     add("--from", type=Path, default="runs/tables", dest="runs_dir", metavar="DIR",
         help="the folder of the tables' runs, reproduce.py's --out")
     add = adds["data"]
-    add("--image-size", type=limited(int, 8, 1024), default=32, help="of folders, in pixels")
+    add("--image-size", type=limited(int, 8, 1024), help="of folders, in pixels; None: 32")
     add("--count", type=limited(int, 1, 20), default=5, help="pictures of each class")
     add("--classes", type=limited(int, 1, 1000), default=20, help="the first so many")
     return parser, *parser.parse_known_args()

@@ -229,6 +229,10 @@ def test_what_the_curves_and_the_scatter_show():
     assert term == "atang" and loss == pytest.approx(rows[0][-1]["atang"] / 1000)
     fsp = look.groups_of([SHAPES.parent / "epochs-11_fsp-epochs-4/shapes/fsp/wrn16_3-wrn16_1"])[0]
     assert look.course(fsp.logs, "fsp")[0] == [1, 2, 3, 4]
+    assert look.final_loss(fsp.folders[0], fsp.logs[0])[0] == "fsp with its weight"
+    fsp.logs[0][0]["settings"]["fsp_weight"] = 0.01
+    assert look.final_loss(fsp.folders[0], fsp.logs[0])[1] == pytest.approx(
+        100 * fsp.logs[0][4]["fsp"])
     assert look.course(fsp.logs, "ce")[0] == list(range(5, 16))
     shared = SHAPES.parent / "epochs-5_fsp-epochs-8_shared-stage1/shapes/fsp/resnet8-resnet8"
     assert look.course(look.groups_of([shared])[0].logs, "ce")[0] == list(range(9, 14))

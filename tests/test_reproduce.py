@@ -120,6 +120,7 @@ def test_the_papers_numbers_are_those_of_its_best_and_worst_rows():
     assert paper("overhaul-4", "KD", *large[1:3]) == "68.58"
     assert paper("skd-5", "AT", "imagenet_resnet34", large[3]) == "70.70"
     assert paper("skd-6", "KD", large[0], large[3]) == "68.84"
+    assert paper("skd-4", "AT", "wrn40_2", "shufflenetv1") == "73.32"
     # the first epochs of a lower rate: Heo et al. drop at the 30th epoch, Guo et al. after it
     drops = {name: [1 + round(100 * part) for part in importlib.import_module(name)
                     .RECIPES["imagenet"]["milestones"]] for name in ("kd", "at", "overhaul", "skd")}
@@ -228,6 +229,17 @@ def test_a_table_from_the_first_run_to_the_last(cli, tmp_path, monkeypatch):
     module = importlib.import_module("kd")
     monkeypatch.setitem(module.RECIPES["shapes"], "weight_decay", 0.1)
     assert not reproduce.is_finished(job)
+
+
+def test_a_command_as_a_user_types_it_is_held_against_its_recipe():
+    """The data set as two words, as one, or left to the default; a flag with =."""
+    recipes = importlib.import_module("atang").RECIPES
+    for dataset, words in (("cifar10", []), ("shapes", ["--dataset=shapes"]),
+                           ("cinic10", ["--dataset", "cinic10"])):
+        log = [{"settings": recipes[dataset] | {"lr": 3.0}, "command": ["/x/atang.py", *words]}]
+        assert reproduce.outdated(log) == ["lr"]
+        log[0]["command"].append("--lr=3")
+        assert reproduce.outdated(log) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="runs outlive a killed driver elsewhere")
