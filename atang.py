@@ -27,7 +27,7 @@ Departures from the papers and from the first author's code:
  1. Eq. 7 is a squared Frobenius norm; the code, done here, takes the MEAN over batch and pixels.
     gamma = 5000 belongs to the mean: on the sum it would be 64 to 1024 times too strong.
  2. Eq. 5 and 6 write s cos(theta_n) for the negative feature: it is s (1 - Q'_p), without a margin.
-    The margin is on student and teacher. s = 64 stands in the code alone.
+    The margin is on student and teacher; at m = 1 cos undoes arccos. s = 64 is the code's alone.
  3. Section 4.2: gamma "is 5000 when the student is WRN16-3 and 1000 when a student is WRN28-3", who
     is a student nowhere. Section 4.4.1: student WRN16-1 is best at 5000; student WRN16-3 from
     WRN28-3 has 89.3 at 1000, 88.83 at 5000. So 5000 is the default, --gamma 1000 for that pair.
@@ -74,8 +74,8 @@ OWN = {"temperature": dict(type=limited(float, 0.1, 100), help="tau"),
        "loss": dict(choices=["atang", "amd", "amd-local"], help="L_A: Eq. 7, or the journal's"),
        "margin": dict(type=limited(float, 0.1, 2), help="m, 1 for none; from 1 to 2 L_A falls "
                       "sixfold, so that a sweep of m at one gamma sweeps the weight too"),
-       "scale": dict(type=limited(float, 0.01, 1e4), help="s, which Eq. 7's norm cancels where "
-                     "positive < negative, nearly everywhere: a sweep shows nothing"),
+       "scale": dict(type=limited(float, 0.01, 1e4), help="s: from 5 on Eq. 7's norm cancels it, "
+                     "so a sweep shows nothing; far below, L_A vanishes with s"),
        "gamma": dict(type=limited(float, 0, 1e9), help="weight of L_A")}
 
 
@@ -205,7 +205,7 @@ def prepare(alike: str = "") -> tuple[Namespace, tuple[ImageLoader, ImageLoader]
     add("--recipe", choices=RECIPES, help="gives the defaults below; None: the data set's")
     add("--baseline", action="store_true", help="train the student with cross-entropy alone")
     add("--teacher-ckpt", type=Path, help="None: the teacher's baseline run in --out")
-    add("--teacher-epochs", type=limited(int, 1, 1e5), help="stop the teacher's schedule early")
+    add("--teacher-epochs", type=limited(int, 1, 1e5), help="stop early; not with --teacher-ckpt")
     add("--distill-epochs", type=limited(int, 1, 1e5), help="then cross-entropy alone")
     add("--seed", type=limited(int, 0, 1e9), default=0, help="of the first student")
     add("--runs", type=limited(int, 1, 1e3), default=1, help="students, seed after seed")
@@ -303,7 +303,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, run: 
                 line = ", ".join(f"{name} {value:.4g}" for name, value in zip(terms, means))
                 if not math.isfinite(sum(means)):
                     raise UserError(f"epoch {epoch}, step {index}: the loss is not finite ({line}):"
-                                    f" try a smaller --lr or loss weight, and another --out")
+                                    f" try a smaller learning rate or loss weight (see --help)")
                 if sys.stdout.isatty():
                     print(f"epoch {epoch}, step {index}/{steps}: {line}  ", end="\r", flush=True)
         speed = seen / (time.perf_counter() - start)
@@ -346,7 +346,7 @@ def report(args: Namespace, run: str, logs: list[list[dict]]) -> None:
     print(f"{run}: {args.split} accuracy {mean(tests):.2f}{deviation} %, "
           f"files in {args.out / args.dataset / run}")
     if not args.baseline:
-        gain = f"{mean(gains):+.2f}" if len(gains) == len(logs) else "known after --baseline"
+        gain = f"{mean(gains):+.2f}" if len(gains) == len(logs) else "run --baseline in this --out"
         print(f"teacher {args.teacher} {args.teacher_accuracy:.2f} %; gain on the baseline: {gain}")
 # --- end shared ---
 

@@ -1271,8 +1271,11 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)    # M_TRIM_THRESHOLD: never
 
 
+FOLDERS = "cinic10", "folder", "imagenet"
+
+
 def usual_size(dataset: str) -> int:
-    return 224 if dataset == "imagenet" else 32
+    return {"imagenet": 224, "shapes": 16}.get(dataset, 32)
 
 
 def usual_workers() -> int:
@@ -1308,13 +1311,16 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     image_size = image_size or usual_size(dataset)
     workers = usual_workers() if workers is None else workers
     in_files = dataset == "imagenet"
+    if dataset not in FOLDERS and image_size != usual_size(dataset):
+        raise UserError(f"--image-size is for folders of images; those of {dataset} have "
+                        f"{usual_size(dataset)} pixels")
     if dataset == "shapes":
         splits = {"train": draw_shapes(4000, seed=1), "val": draw_shapes(2000, seed=2),
                   "test": draw_shapes(2000, seed=3)}
     elif dataset in ("cifar10", "cifar100"):
         splits = {"train": in_turn(partial(read_cifar, dataset, data_dir, train=True))[0]}
         splits["test"], class_names = in_turn(partial(read_cifar, dataset, data_dir, train=False))
-    elif dataset in ("cinic10", "folder", "imagenet"):
+    elif dataset in FOLDERS:
         names = ("train", "val") if dataset == "imagenet" else ("train", "test", "val", "valid")
         sources, class_names = list_folder(data_dir, names)
         if dataset == "folder":

@@ -16,7 +16,8 @@ matrices, with no labels; stage 2 starts from these weights and is ordinary trai
     G        fsp_matrix()      (N, m, n)          N          batch_size    128
 
 Run:
-    python fsp.py --dataset shapes --epochs 11           4 + 11 epochs, 5 minutes, 2 cores: 81.9 %
+    T=runs/shapes/baseline/wrn16_3/seed0/last.pt         the teacher of kd.py --dataset shapes
+    python fsp.py --dataset shapes --epochs 11 --teacher-ckpt $T     4 + 11 epochs: 81.9 % (5 seeds)
     python fsp.py --teacher resnet26 --student resnet8   CIFAR-10, 54 + 164 epochs, a GPU
     python tests/reproduce.py fsp-1                      Table 1, CIFAR-100: three students in a
                                                          third of the iterations, their ensemble
@@ -26,10 +27,9 @@ Departures from the papers and from known code:
     brings each of the student's maps to the teacher's width; the script says so in a line. It is
     trained in stage 1 and dropped before stage 2, with its share of what was learnt.
  2. Eq. 2 sums over the entries of a matrix, and so does this file. All lambda_i are equal, which is
-    all the papers say: 1 here where the widths are equal; 0.01 where they differ, since the sum
-    over a WRN16-3's 48 to 192 channels diverges with 1; from a teacher well trained on CIFAR-10 it
-    diverges with 0.01 too: --fsp-weight 0.001. Known code (RepDistiller, KD-Zoo) averages
-    over the entries.
+    all the papers say: 1 here where the widths are equal; 0.001 where they differ, since the sum
+    over a WRN16-3's 48 to 192 channels diverges with 1, and on CIFAR-10 with 0.01, which is better
+    on shapes and the default there. Known code (RepDistiller, KD-Zoo) averages over the entries.
  3. "Three sections" is all that is said of the layers. F1 is the output of a section's first block
     here, F2 of its last. A section of one block has no other first map than the one inside the
     block (ResNet, WRN) or what enters it (VGG). A larger F1 is max-pooled to F2's size, as in the
@@ -37,7 +37,7 @@ Departures from the papers and from known code:
  4. Recipes: 64,000, 32,000 and 21,000 iterations are 164, 82 and 54 epochs at a batch size of 128,
     which is ours, as is the flip beside the crop. Stage 1's 32,000 follow from Table 1's 95k - 63k,
     with the milestones known for 21,000 stretched; on CIFAR-10 it had 21,000, so --fsp-epochs 54
-    belongs to --recipe third there.
+    belongs to --recipe third there. A teacher trained here has the same --epochs and --recipe.
  5. Every student has a stage 1 of its own unless --shared-stage1, as in Table 1. The classifier is
     copied untrained; BatchNorm statistics follow stage 1.
  6. On shapes 4 + 11 epochs show the student as many images as the other scripts' 15 do. Recipe
@@ -116,11 +116,14 @@ def fsp_loss(student_pairs: list[tuple], teacher_pairs: list[tuple]) -> Tensor:
     return loss
 
 
-def connect(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
-    """Give the student 1x1 convolutions to the teacher's widths where they differ (departure 1)."""
+def connect(student: nn.Module, teacher: nn.Module, args: Namespace, images: Tensor) -> None:
+    """Where the widths differ, give the student 1x1 convolutions (departure 1); choose lambda_i."""
     with torch.no_grad():
         taps = [network.eval()(images, taps=True) for network in (student, teacher)]
     widths = [[x.shape[1] for x in (*maps.entries, *maps.stages)] for maps in taps]
+    if args.fsp_weight is None:     # departure 2
+        connected = 0.01 if args.dataset == "shapes" else 0.001
+        args.fsp_weight = 1.0 if widths[0] == widths[1] else connected
     if widths[0] != widths[1]:
         print(f"1x1 connectors on the student's maps in stage 1: {widths[0]} -> {widths[1]}")
         student.connectors = nn.ModuleList()
@@ -132,9 +135,6 @@ def connect(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
 
 def make_step(student: nn.Module, teacher: nn.Module | None, args: Namespace) -> Callable:
     """step(images, labels) -> logits, weighted L_FSP of stage 1; without a teacher, CE."""
-    default = 0.01 if hasattr(student, "connectors") else 1.0       # departure 2
-    weight = default if args.fsp_weight is None else args.fsp_weight
-
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if teacher is None:
             z = student(images)
@@ -148,14 +148,14 @@ def make_step(student: nn.Module, teacher: nn.Module | None, args: Namespace) ->
         count = len(ours.stages)
         loss = fsp_loss(list(zip(maps[:count], maps[count:])),
                         list(zip(theirs.entries, theirs.stages)))
-        return ours.logits, {"fsp": weight * loss}
+        return ours.logits, {"fsp": args.fsp_weight * loss}
     return step
 
 
 def first_stage(teacher: nn.Module, args: Namespace, loaders: tuple, seed: int) -> nn.Module:
     """Stage 1: a student with the teacher's FSP matrices and an untrained classifier."""
     student = new_model(args.student, loaders[0], seed)
-    connect(student, teacher, next(iter(loaders[1]))[0][:2])
+    connect(student, teacher, args, next(iter(loaders[1]))[0][:2])
     stage1 = Namespace(**{**vars(args), "epochs": args.fsp_epochs, "lr": args.fsp_lr,
                           "milestones": args.fsp_milestones})
     step = make_step(student, teacher, args)
@@ -188,7 +188,7 @@ def prepare(alike: str = "") -> tuple[Namespace, tuple[ImageLoader, ImageLoader]
     add("--recipe", choices=RECIPES, help="gives the defaults below; None: the data set's")
     add("--baseline", action="store_true", help="train the student with cross-entropy alone")
     add("--teacher-ckpt", type=Path, help="None: the teacher's baseline run in --out")
-    add("--teacher-epochs", type=limited(int, 1, 1e5), help="stop the teacher's schedule early")
+    add("--teacher-epochs", type=limited(int, 1, 1e5), help="stop early; not with --teacher-ckpt")
     add("--distill-epochs", type=limited(int, 1, 1e5), help="then cross-entropy alone")
     add("--seed", type=limited(int, 0, 1e9), default=0, help="of the first student")
     add("--runs", type=limited(int, 1, 1e3), default=1, help="students, seed after seed")
@@ -286,7 +286,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, run: 
                 line = ", ".join(f"{name} {value:.4g}" for name, value in zip(terms, means))
                 if not math.isfinite(sum(means)):
                     raise UserError(f"epoch {epoch}, step {index}: the loss is not finite ({line}):"
-                                    f" try a smaller --lr or loss weight, and another --out")
+                                    f" try a smaller learning rate or loss weight (see --help)")
                 if sys.stdout.isatty():
                     print(f"epoch {epoch}, step {index}/{steps}: {line}  ", end="\r", flush=True)
         speed = seen / (time.perf_counter() - start)
@@ -329,7 +329,7 @@ def report(args: Namespace, run: str, logs: list[list[dict]]) -> None:
     print(f"{run}: {args.split} accuracy {mean(tests):.2f}{deviation} %, "
           f"files in {args.out / args.dataset / run}")
     if not args.baseline:
-        gain = f"{mean(gains):+.2f}" if len(gains) == len(logs) else "known after --baseline"
+        gain = f"{mean(gains):+.2f}" if len(gains) == len(logs) else "run --baseline in this --out"
         print(f"teacher {args.teacher} {args.teacher_accuracy:.2f} %; gain on the baseline: {gain}")
 # --- end shared ---
 

@@ -30,8 +30,8 @@ Departures from the paper and from known code:
  2. Jeon et al. name neither batch size nor, for CIFAR-10, weight decay: 128 and 1e-4 here, from the
     first author's public code. No crop and flip is our reading of their accuracies on CIFAR-10, not
     their word; on CINIC-10, where the accuracies do not tell, it is done alike.
- 3. KL is summed over the classes and averaged over the batch. nn.KLDivLoss() averages over the
-    classes as well, which makes the soft term K times weaker: a common mistake in public code.
+ 3. Section 2 has the cross-entropy with the soft targets: KL plus q's entropy, with KL's gradient.
+    KL is summed over classes, averaged over the batch; by nn.KLDivLoss()'s mean it is K times less.
 """
 import math
 import sys
@@ -121,7 +121,7 @@ def prepare(alike: str = "") -> tuple[Namespace, tuple[ImageLoader, ImageLoader]
     add("--recipe", choices=RECIPES, help="gives the defaults below; None: the data set's")
     add("--baseline", action="store_true", help="train the student with cross-entropy alone")
     add("--teacher-ckpt", type=Path, help="None: the teacher's baseline run in --out")
-    add("--teacher-epochs", type=limited(int, 1, 1e5), help="stop the teacher's schedule early")
+    add("--teacher-epochs", type=limited(int, 1, 1e5), help="stop early; not with --teacher-ckpt")
     add("--distill-epochs", type=limited(int, 1, 1e5), help="then cross-entropy alone")
     add("--seed", type=limited(int, 0, 1e9), default=0, help="of the first student")
     add("--runs", type=limited(int, 1, 1e3), default=1, help="students, seed after seed")
@@ -219,7 +219,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, run: 
                 line = ", ".join(f"{name} {value:.4g}" for name, value in zip(terms, means))
                 if not math.isfinite(sum(means)):
                     raise UserError(f"epoch {epoch}, step {index}: the loss is not finite ({line}):"
-                                    f" try a smaller --lr or loss weight, and another --out")
+                                    f" try a smaller learning rate or loss weight (see --help)")
                 if sys.stdout.isatty():
                     print(f"epoch {epoch}, step {index}/{steps}: {line}  ", end="\r", flush=True)
         speed = seen / (time.perf_counter() - start)
@@ -262,7 +262,7 @@ def report(args: Namespace, run: str, logs: list[list[dict]]) -> None:
     print(f"{run}: {args.split} accuracy {mean(tests):.2f}{deviation} %, "
           f"files in {args.out / args.dataset / run}")
     if not args.baseline:
-        gain = f"{mean(gains):+.2f}" if len(gains) == len(logs) else "known after --baseline"
+        gain = f"{mean(gains):+.2f}" if len(gains) == len(logs) else "run --baseline in this --out"
         print(f"teacher {args.teacher} {args.teacher_accuracy:.2f} %; gain on the baseline: {gain}")
 # --- end shared ---
 

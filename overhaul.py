@@ -28,11 +28,11 @@ Departures from the paper and from the authors' code:
     less than 0.1 % of a channel is negative; the true value there is -0.28 sigma and shrinks. A
     ResNet's map is BatchNorm plus shortcut: its margin is the BatchNorm's, as in the code; Appendix
     A averages over training. Eq. 9's sqrt(2 pi sigma) should be sqrt(2 pi) sigma.
- 3. Section 3.3 wants the teacher's BatchNorm in training mode. The code's teacher then keeps
-    updating its running statistics; here a copy has none.
+ 3. Section 3.3 wants the teacher's BatchNorm in training mode; the code's then updates its running
+    statistics, our copy has none. Tables 8 and 9: every row's connectors have a BatchNorm here.
  4. Recipes cifar100 (settings e and f: --batch-size 64) and imagenet (epoch 30 has the lower rate,
     as in the code) are the paper's. The code's momentum starts anew at each drop, its CIFAR-100 has
-    CIFAR-10's mean, its PyramidNet learnt with mixup: not so here. Table 9's connectors have norms.
+    CIFAR-10's mean, its PyramidNet learnt with mixup: not so here.
 """
 import copy
 import math
@@ -202,7 +202,7 @@ def prepare(alike: str = "") -> tuple[Namespace, tuple[ImageLoader, ImageLoader]
     add("--recipe", choices=RECIPES, help="gives the defaults below; None: the data set's")
     add("--baseline", action="store_true", help="train the student with cross-entropy alone")
     add("--teacher-ckpt", type=Path, help="None: the teacher's baseline run in --out")
-    add("--teacher-epochs", type=limited(int, 1, 1e5), help="stop the teacher's schedule early")
+    add("--teacher-epochs", type=limited(int, 1, 1e5), help="stop early; not with --teacher-ckpt")
     add("--distill-epochs", type=limited(int, 1, 1e5), help="then cross-entropy alone")
     add("--seed", type=limited(int, 0, 1e9), default=0, help="of the first student")
     add("--runs", type=limited(int, 1, 1e3), default=1, help="students, seed after seed")
@@ -300,7 +300,7 @@ def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, run: 
                 line = ", ".join(f"{name} {value:.4g}" for name, value in zip(terms, means))
                 if not math.isfinite(sum(means)):
                     raise UserError(f"epoch {epoch}, step {index}: the loss is not finite ({line}):"
-                                    f" try a smaller --lr or loss weight, and another --out")
+                                    f" try a smaller learning rate or loss weight (see --help)")
                 if sys.stdout.isatty():
                     print(f"epoch {epoch}, step {index}/{steps}: {line}  ", end="\r", flush=True)
         speed = seen / (time.perf_counter() - start)
@@ -343,7 +343,7 @@ def report(args: Namespace, run: str, logs: list[list[dict]]) -> None:
     print(f"{run}: {args.split} accuracy {mean(tests):.2f}{deviation} %, "
           f"files in {args.out / args.dataset / run}")
     if not args.baseline:
-        gain = f"{mean(gains):+.2f}" if len(gains) == len(logs) else "known after --baseline"
+        gain = f"{mean(gains):+.2f}" if len(gains) == len(logs) else "run --baseline in this --out"
         print(f"teacher {args.teacher} {args.teacher_accuracy:.2f} %; gain on the baseline: {gain}")
 # --- end shared ---
 

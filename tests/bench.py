@@ -65,7 +65,7 @@ def connect(script: str, student: nn.Module, teacher: nn.Module, args: Namespace
     module = importlib.import_module(script)
     if hasattr(module, "connect"):
         with contextlib.redirect_stdout(io.StringIO()):
-            module.connect(student, teacher, args if script == "overhaul" else images)
+            module.connect(student, teacher, args, *([images] if script == "fsp" else []))
 
 
 def wait(device: str) -> None:

@@ -150,14 +150,18 @@ def test_fsp_shares_one_first_stage_if_asked(cli, out):
     assert "shared_stage1 True, now False" in cli("fsp", *flags, "--no-shared-stage1").refused()
 
 
-def test_fsp_weighs_equal_widths_with_1_and_connected_ones_with_a_hundredth(cli, out):
-    """lambda_i by default: 1 between networks as the paper's, 0.01 behind connectors."""
+def test_fsp_weighs_equal_widths_with_1_and_connected_ones_with_less(cli, out):
+    """lambda_i by default: 1 between networks as the paper's, 0.01 or 0.001 behind connectors."""
     for student, weight in (("resnet8", 1), ("wrn10_2", 0.01)):
         values = []
         for flags in ([], ["--fsp-weight", weight]):
             done = cli("fsp", *SMALL, "--out", out, "--student", student, "--dry-run", *flags)
             values.append(re.findall(r"fsp (\S+)", done.out)[-1])
         assert values[0] == values[1]
+    args = Namespace(fsp_weight=None, dataset="cifar10")
+    networks = [common.create_model(name, 10) for name in ("wrn10_1", "wrn10_2")]
+    importlib.import_module("fsp").connect(*networks, args, torch.zeros(2, 3, 16, 16))
+    assert args.fsp_weight == 0.001
 
 
 @pytest.mark.parametrize("flags", ["--teacher-bn running", "--teacher-bn batch", "--layers last",
@@ -316,6 +320,20 @@ def test_measurements_of_finished_runs(cli, out, tmp_path):
     cells = lines[3].split()        # the header, then tau 1 and tau 4 of the first run
     assert cells[:2] == ["kd/wrn10_1-resnet8/seed0", "1"]
     assert lines[4].split()[4] == f"{gaps['G_entropy']:.4f}"
+    assert cli("skd", *SMALL, "--out", out, "--scale", "3").code == 0
+    folder = out / "shapes/skd/wrn10_1-resnet8/seed0"
+    network = common.create_model("resnet8", 10).eval()
+    common.load_weights(network, folder / "last.pt")
+    with torch.no_grad():
+        own = torch.cat([network(x) for x, _ in test]).double()
+    z_, v_ = (3 * (x - x.mean(1, keepdim=True)) / x.std(1, unbiased=False, keepdim=True)
+              for x in (own, v))
+    p, q = ((x / 4).softmax(1) for x in (z_, v_))
+    wanted = ((q * q.log()).sum(1) - (p * p.log()).sum(1)).mean().item()
+    line = next(line for line in cli("reproduce", "--measure", folder).out.splitlines()
+                if "4, aligned" in line)
+    assert float(line.split()[5]) == pytest.approx(wanted, abs=1e-4)
+    assert float(line.split()[6]) == 0, "lengths are equal"
     for script in ("kd", "overhaul"):
         folder = out / f"shapes/{script}/wrn10_1-resnet8/seed0"
         assert "KL(" in cli("reproduce", "--measure", folder).out
@@ -619,7 +637,8 @@ MISTYPED = [
     ("--nesterov yes", "yes"), ("surplus", "surplus")]
 REFUSED = [
     ("--teacher wrn17_3", "6n+4"), ("--student vit", "wrn16_1"), ("--student resnet9", "6n+2"),
-    ("--train-images 5000", "4000"), ("--teacher-ckpt nowhere.pt", "nowhere.pt"),
+    ("--train-images 5000", "4000"), ("--image-size 32", "16 pixels"),
+    ("--teacher-ckpt nowhere.pt", "nowhere.pt"),
     ("--dataset folder --data-dir nowhere", "nowhere"),
     ("--dataset cinic10 --data-dir nowhere --recipe folder", "train/")]
 
@@ -674,7 +693,7 @@ def test_nesterov_without_momentum_is_plain_sgd(cli, tmp_path):
     ("fsp", "vgg8", "resnet8", 4), ("overhaul", "resnet8", "vgg8", 1), ("at", "vgg8", "resnet8", 4),
     ("overhaul", "wrn10_1", "shufflenetv1", 1), ("atang", "vgg8", "mobilenetv2_half", 4)])
 def test_networks_that_do_not_pair(script, teacher, student, group, cli, tmp_path):
-    flags = [*SMALL, "--image-size", "32", "--teacher", teacher, "--student", student]
+    flags = [*SMALL, "--teacher", teacher, "--student", student]
     line = cli(script, *flags, "--out", tmp_path / "runs").refused()
     assert f"group {group} of {teacher} ends in" in line and f"of {student} in" in line
     assert re.search(r"\d+x\d+x\d+", line) and "wrn16_3 and wrn16_1" in line
@@ -803,7 +822,7 @@ def test_a_loss_that_is_not_finite_stops_at_once(cli, out, monkeypatch):
         line = cli(script, *SMALL, "--out", out).refused()
         assert "epoch 1, step 1: the loss is not finite" in line
         terms = TERMS[script] if script != "fsp" else ["fsp"]
-        assert all(f"{term} nan" in line for term in terms) and "--lr" in line
+        assert all(f"{term} nan" in line for term in terms) and "--help" in line
         assert not list((out / "shapes" / script).rglob("last.pt"))
 
 
