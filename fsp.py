@@ -155,11 +155,12 @@ def make_step(student: nn.Module, teacher: nn.Module | None, args: Namespace) ->
 def first_stage(teacher: nn.Module, args: Namespace, loaders: tuple, seed: int) -> nn.Module:
     """Stage 1: a student with the teacher's FSP matrices and an untrained classifier."""
     student = new_model(args.student, loaders[0], seed)
-    connect(student, teacher, args, next(iter(loaders[1]))[0][:2])
+    images, labels = next(iter(loaders[1]))
+    connect(student, teacher, args, images[:2])
     stage1 = Namespace(**{**vars(args), "epochs": args.fsp_epochs, "lr": args.fsp_lr,
                           "milestones": args.fsp_milestones})
     step = make_step(student, teacher, args)
-    freeze_rest(student, step, *next(iter(loaders[1])))
+    freeze_rest(student, step, images, labels)
     fit(student, step, loaders, stage1, f"fsp/stage1/{args.teacher}-{args.student}", seed)
     if hasattr(student, "connectors"):
         del student.connectors

@@ -353,9 +353,18 @@ def options(words: list[str]) -> list[list[str]]:
     return groups
 
 
+def typed(words: list[str]) -> argparse.Namespace:
+    """Flags of a command as a user may have typed them: as two words, as one, or not at all."""
+    command = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    command.add_argument("--dataset", default="cifar10")
+    command.add_argument("--recipe")
+    command.add_argument("--teacher-ckpt", type=Path)
+    command.add_argument("--teacher-epochs", default="")
+    return command.parse_known_args(words)[0]
+
+
 def recipe_of(script: str, words: list[str], dataset: str) -> dict:
-    given = [group[1] for group in options(words) if group[0] == "--recipe"]
-    chosen = given[-1] if given else dataset
+    chosen = typed(words).recipe or dataset
     recipes = importlib.import_module(script.removesuffix(".py")).RECIPES
     if chosen not in recipes:
         raise UserError(f"{script} has no recipe for {chosen}: add --recipe {' or '.join(recipes)}")
@@ -503,19 +512,12 @@ def complete(folder: Path) -> list[dict]:
     return log if log and len(log) == log[0]["settings"].get("epochs", 0) + 1 else []
 
 
-def dataset_of(words: list[str]) -> str:
-    """--dataset of a command as a user may have typed it: as two words, as one, or not at all."""
-    command = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    command.add_argument("--dataset", default="cifar10")
-    return command.parse_known_args(words)[0].dataset
-
-
 def outdated(log: list[dict]) -> list[str]:
     """The entries of today's recipe that a run had otherwise, and not by a flag."""
     script, *words = log[0]["command"]
     script = Path(script).name
     settings = log[0]["settings"]
-    recipe = recipe_of(script, words, dataset_of(words))
+    recipe = recipe_of(script, words, typed(words).dataset)
     given = {word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
              for word in words}
     return [key for key, value in recipe.items() if key in settings and settings[key] != value
@@ -787,10 +789,7 @@ def logits_in(path: Path, name: str, loader: ImageLoader) -> Tensor:
 def teacher_of(run: Path, header: dict, loader: ImageLoader, path: Path | None
                ) -> tuple[str, Path]:
     """The teacher that a run learnt from: at path, or as its command had it, or the one beside."""
-    command = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    command.add_argument("--teacher-ckpt", type=Path)
-    command.add_argument("--teacher-epochs", default="")
-    given, _ = command.parse_known_args(header["command"][1:])
+    given = typed(header["command"][1:])
     name = run.parent.name.split("-")[0]
     early = given.teacher_epochs and f"-{given.teacher_epochs}"
     beside = run.parents[2] / f"baseline/{name}{early}/seed0/last.pt"

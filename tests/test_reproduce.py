@@ -235,7 +235,7 @@ def test_a_command_as_a_user_types_it_is_held_against_its_recipe():
     """The data set as two words, as one, or left to the default; a flag with =."""
     recipes = importlib.import_module("atang").RECIPES
     for dataset, words in (("cifar10", []), ("shapes", ["--dataset=shapes"]),
-                           ("cinic10", ["--dataset", "cinic10"])):
+                           ("cinic10", ["--dataset", "cinic10"]), ("shapes", ["--recipe=shapes"])):
         log = [{"settings": recipes[dataset] | {"lr": 3.0}, "command": ["/x/atang.py", *words]}]
         assert reproduce.outdated(log) == ["lr"]
         log[0]["command"].append("--lr=3")
