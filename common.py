@@ -1,153 +1,49 @@
-"""Networks and data sets for the method scripts, their files and flags. Nothing here trains.
+"""Networks and data sets for the method scripts. Nothing here trains, or reads a flag.
 
     model = create_model("wrn16_1", num_classes=10)
     logits = model(images)                     # (N, 3, H, W) normalised -> (N, num_classes)
     taps = model(images, taps=True)            # Taps(logits, entries, stages, pre_relu)
-    train_loader, test_loader = load_data("shapes", "data", 64, torch.device("cpu"),
-                                          augment=True, seed=0)
+    rest = load_weights(model, "last.pt")      # the checkpoint without its weights
+    train_loader, test_loader = load_data("shapes", "data", 64, "cpu", augment=True, seed=0)
 
-`python common.py` prints every network's size and maps, and the pairs of the papers' tables.
+`python common.py` prints every network's size and maps.
 """
+import argparse
 import ctypes
-import hashlib
-import io
-import itertools
-import json
+import inspect
 import math
 import os
 import platform
 import re
 import shutil
+import signal
 import sys
-import time
 import warnings
-from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
-from datetime import timedelta
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models import get_weight
 from torchvision.transforms import v2
-from torchvision.transforms.functional import pil_to_tensor, resize
+from torchvision.transforms._functional_pil import Image, ImageOps     # PIL's own
 
-try:
-    from torchvision.io import decode_image
-except ImportError:     # torchvision announces that it will go; PIL takes half as long again
-    decode_image = None
+warnings.filterwarnings("ignore", module=r"PIL\.")    # of oddities; what it cannot read is an error
 
 
 class UserError(ValueError):
     """What the person at the keyboard can mend; a script prints its message as one line."""
 
 
-def in_short(error: Exception) -> str:
-    """What an error says first: torch's go on for pages."""
-    return str(error).strip().split("\n")[0][:200]
-
-
-def one_line(error: Exception) -> str:
-    """What a user can mend, in one line; any other error is raised again, traceback and all."""
-    lost = isinstance(error, RuntimeError) and re.search("by peer|gloo|NCCL", str(error))
-    if int(os.environ.get("RANK", 0)) > 0 or lost:
-        time.sleep(3)       # torchrun ends this process where another one has said it all
-        sys.stderr = sys.__stderr__
-    if lost:
-        return (f"error: another process of this run has ended or cannot be reached "
-                f"({in_short(error)}); the same command goes on from there")
-    if "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
-        return "error: out of memory: choose a smaller --batch-size, --image-size or network"
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"error: torch.compile failed ({in_short(error)}): go on without --compile"
-    if str(error).startswith("DataLoader worker"):
-        return "error: a process that decodes images was killed: choose fewer --workers"
-    if isinstance(error, UserError | OSError):
-        return " ".join(f"error: {error}".split())
-    raise error
-
-
-def full(x: Tensor) -> Tensor:
-    """float16 and bfloat16 to float32; float32 and float64 stay what they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# ================================================================================================
-# Several processes, as torchrun starts them
-# ================================================================================================
-
-
-def processes() -> tuple[int, int]:
-    """The number of this process, and of how many that train together: 0 and 1 without torchrun."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def join_processes() -> None:
-    """Under torchrun, meet the other processes, one GPU each; only the first one prints."""
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or distributed.is_initialized():
-        return
-    if int(os.environ["RANK"]) > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if 0 < gpus < here and "cpu" not in " ".join(sys.argv):
-        raise UserError(f"{here} processes for {gpus} GPUs: start one for each, or add "
-                        f"--device cpu")
-    if here <= gpus:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    try:
-        # gloo for what lies on the CPU, nccl on GPUs; long enough to decode a large folder
-        distributed.init_process_group(timeout=timedelta(hours=3))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes cannot meet ({in_short(error)}): start them by torchrun, "
-                        f"with another --master-port") from None
-    lines = [None] * processes()[1]
-    distributed.all_gather_object(lines, sys.argv[1:])
-    for number, line in enumerate(lines):
-        if line != lines[0]:
-            raise UserError(f"process {number} was started with other arguments than the first "
-                            f"one: {' '.join(line)}")
-
-
-def in_turn(read: Callable) -> object:
-    """read() in the first process, then in the others: what it leaves on the disk is made once."""
-    first = processes()[0] == 0
-    if not first:
-        wait_for_all()
-    try:
-        return read()
-    finally:
-        if first:
-            wait_for_all()
-
-
-def wait_for_all() -> None:
-    """A barrier; of a tensor on the CPU, so that gloo does it wherever the training is."""
-    summed(torch.zeros(1))
-
-
-def summed(x: Tensor) -> Tensor:
-    """Added up over all processes, in place."""
-    if processes()[1] > 1:
-        distributed.all_reduce(x)
-    return x
-
-
-def share_statistics(model: nn.Module) -> None:
-    """BatchNorm's running statistics become the first process's in all, as before every step."""
-    for buffer in model.buffers() if processes()[1] > 1 else ():
-        distributed.broadcast(buffer, 0)
-
-
-# ================================================================================================
-# Networks
-# ================================================================================================
+# --- Networks -----------------------------------------------------------------------------------
 
 
 class Taps(NamedTuple):
@@ -155,18 +51,19 @@ class Taps(NamedTuple):
 
     A group is a run of blocks of equal spatial size: three in most networks, four in some.
     """
-    logits: Tensor           # (N, num_classes)
-    entries: list[Tensor]    # first map of each group (FSP's first map), (N, C, H, W)
-    stages: list[Tensor]     # last map of each group (AT, ATang, FSP's second map)
-    pre_relu: list[Tensor]   # what enters the first ReLU after each group
+    logits: Tensor                      # (N, num_classes)
+    entries: Sequence[Tensor] = ()      # first map of each group (FSP's first map), (N, C, H, W)
+    stages: Sequence[Tensor] = ()       # last map of each group (AT, ATang, FSP's second map)
+    pre_relu: Sequence[Tensor] = ()     # what enters the first ReLU after each group (Overhaul)
 
 
 class Network(nn.Module):
     """Stem, groups of blocks, head, classifier: the one forward pass of all families.
 
-    A block returns three maps: its output, the first map inside it, and the one it shows of those
-    that enter a ReLU. Blocks of a network without a head end in a ReLU and show what enters it.
-    With a head the first ReLU after a group is in the next block, or in the head, and shown there.
+    A block returns three maps: its output, the first map inside it, and one that enters a ReLU.
+    Without a head a block ends in a ReLU, and the third is what enters that. With a head the first
+    ReLU after a group lies in the next group's first block, or behind the head. Each map of
+    Taps.pre_relu is the output of one of pre_relu_norms, or that plus a shortcut.
     """
 
     def __init__(self, stem: nn.Module, groups: nn.ModuleList, head: nn.Module | None,
@@ -175,8 +72,7 @@ class Network(nn.Module):
                  last_stage_is_head: bool = False):
         super().__init__()
         self.stem, self.groups, self.head = stem, groups, head
-        self.stage_channels = stage_channels
-        self.pre_relu_norms = pre_relu_norms        # which put out the maps of Taps.pre_relu
+        self.stage_channels, self.pre_relu_norms = stage_channels, pre_relu_norms
         self.pre_relu_channels = [norm.num_features for norm in pre_relu_norms]
         self.activation, self.last_stage_is_head = activation, last_stage_is_head
         self.dropout = nn.Dropout(dropout)
@@ -184,22 +80,23 @@ class Network(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
-        entries, stages, first_shown, last_shown = [], [], [], []
+        entries, stages, pre_relu = [], [], []
         x = self.stem(x)
-        for group in self.groups:
+        for number, group in enumerate(self.groups):
             for index, block in enumerate(group):
-                x, inner, shown = block(x)
+                x, inner, before_relu = block(x)
                 if index == 0:
                     # a group of one block has no other first map than the one inside it
                     entries.append(x if len(group) > 1 else inner)
-                    first_shown.append(shown)
+                    if self.head is not None and number > 0:
+                        pre_relu.append(before_relu)    # of the group before this one
             stages.append(x)
-            last_shown.append(shown)
-        pre_relu = last_shown
+            if self.head is None:
+                pre_relu.append(before_relu)
         if self.head is not None:
-            normed = self.head(x)
-            x = self.activation(normed)
-            pre_relu = [*first_shown[1:], normed]
+            x = self.head(x)
+            pre_relu.append(x)
+            x = self.activation(x)
             if self.last_stage_is_head:
                 stages[-1] = x
         logits = self.classifier(self.dropout(x.mean((2, 3))))
@@ -216,13 +113,16 @@ def initialise(network: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def group_of(block: Callable, count: int, channels_in: int, channels_out: int,
-             stride: int) -> nn.ModuleList:
-    """`count` blocks, of which the first changes the width and the size."""
-    group = nn.ModuleList([block(channels_in, channels_out, stride)])
-    for _ in range(count - 1):
-        group.append(block(channels_out, channels_out, 1))
-    return group
+def make_groups(block: Callable, counts: Sequence[int], channels: Sequence[int],
+                strides: Sequence[int]) -> nn.ModuleList:
+    """A group of blocks for each count; its first block changes the width and the size."""
+    groups = nn.ModuleList()
+    for count, channels_in, channels_out, stride in zip(counts, channels, channels[1:], strides):
+        group = nn.ModuleList([block(channels_in, channels_out, stride)])
+        for _ in range(count - 1):
+            group.append(block(channels_out, channels_out, 1))
+        groups.append(group)
+    return groups
 
 
 class PreActivationBlock(nn.Module):
@@ -249,10 +149,7 @@ def wide_resnet(depth: int, width: int, num_classes: int) -> Network:
     """WRN-depth-width (Zagoruyko and Komodakis 2016), depth = 6n + 4, no dropout."""
     channels = [16, 16 * width, 32 * width, 64 * width]
     stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-    groups = nn.ModuleList()
-    for number, stride in enumerate((1, 2, 2)):
-        groups.append(group_of(PreActivationBlock, (depth - 4) // 6, channels[number],
-                               channels[number + 1], stride))
+    groups = make_groups(PreActivationBlock, [(depth - 4) // 6] * 3, channels, (1, 2, 2))
     head = nn.BatchNorm2d(channels[-1])
     norms = [groups[1][0].norm1, groups[2][0].norm1, head]
     return Network(stem, groups, head, channels[1:], norms, num_classes)
@@ -306,21 +203,13 @@ class Bottleneck(nn.Module):
 
 def resnet(block: type, counts: list[int], channels: list[int], num_classes: int,
            imagenet: bool = False) -> Network:
-    """Residual network (He et al. 2016), with 1x1 convolution shortcuts.
-
-    resnet20: depth 6n + 2 in three groups of n basic blocks, 16 to 64 channels; resnet8x4: four
-    times as wide, with a stem of 32 channels; resnet50: four groups of bottlenecks.
-    imagenet: torchvision's networks, whose stem makes the image four times smaller.
-    """
+    """Residual network (He et al. 2016), with 1x1 convolution shortcuts."""
     stem = nn.Sequential(nn.Conv2d(3, channels[0], 3, 1, 1, bias=False),
                          nn.BatchNorm2d(channels[0]), nn.ReLU())
-    if imagenet:
+    if imagenet:    # the stem makes the image four times smaller
         stem[0] = nn.Conv2d(3, channels[0], 7, 2, 3, bias=False)
         stem.append(nn.MaxPool2d(3, 2, 1))
-    groups = nn.ModuleList()
-    for number, count in enumerate(counts):
-        groups.append(group_of(block, count, channels[number], channels[number + 1],
-                               2 if number else 1))
+    groups = make_groups(block, counts, channels, (1, 2, 2, 2))
     norms = [group[-1].last_norm for group in groups]
     return Network(stem, groups, None, channels[1:], norms, num_classes)
 
@@ -339,11 +228,10 @@ class PyramidBlock(nn.Module):
         widths[-1] *= 4 if bottleneck else 1
         self.stride, self.bottleneck = stride, bottleneck
         self.norms = nn.ModuleList([nn.BatchNorm2d(width) for width in widths])
+        strides = [1, stride, 1] if bottleneck else [stride, 1]
         self.convs = nn.ModuleList()
-        for index, kernel in enumerate(kernels):
-            self.convs.append(nn.Conv2d(widths[index], widths[index + 1], kernel,
-                                        stride if index == len(kernels) - 2 else 1, kernel // 2,
-                                        bias=False))
+        for inputs, outputs, kernel, step in zip(widths, widths[1:], kernels, strides):
+            self.convs.append(nn.Conv2d(inputs, outputs, kernel, step, kernel // 2, bias=False))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         normed = self.norms[0](x)
@@ -378,49 +266,35 @@ def pyramidnet(depth: int, alpha: int, bottleneck: bool, num_classes: int) -> Ne
 
 
 class VGGBlock(nn.Module):
-    """3x3 - BatchNorm - ReLU, after 2x2 max-pooling where `pool` says so."""
+    """3x3 - BatchNorm - ReLU, after 2x2 max-pooling where the stride is 2."""
 
-    def __init__(self, channels_in: int, channels_out: int, pool: bool):
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
         super().__init__()
-        self.pool = pool
+        self.stride = stride
         self.conv = nn.Conv2d(channels_in, channels_out, 3, 1, 1)
         self.norm = nn.BatchNorm2d(channels_out)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.pool:
+        if self.stride == 2:
             x = F.max_pool2d(x, 2)
         normed = self.norm(self.conv(x))
         return F.relu(normed), x, normed
 
 
 def vgg(convolutions: int, num_classes: int) -> Network:
-    """VGG with BatchNorm: five runs of 3x3 convolutions, max-pooling after the first three.
-
-    The first run, at full size, is the stem: four groups of a half to an eighth of it. The first
-    map of a group of one convolution is what enters that.
-    """
-    layers, channels = [], 3
-    for _ in range(convolutions):
+    """VGG with BatchNorm: five runs of 3x3 convolutions, of which the first is the stem."""
+    layers, widths = [], [64, 128, 256, 512, 512]
+    for channels in (3, 64)[:convolutions]:
         layers += [nn.Conv2d(channels, 64, 3, 1, 1), nn.BatchNorm2d(64), nn.ReLU()]
-        channels = 64
-    groups, stage_channels = nn.ModuleList(), [128, 256, 512, 512]
-    for number, channels_out in enumerate(stage_channels):
-        blocks = nn.ModuleList()
-        for index in range(convolutions):
-            blocks.append(VGGBlock(channels, channels_out, pool=index == 0 and number < 3))
-            channels = channels_out
-        groups.append(blocks)
+    groups = make_groups(VGGBlock, [convolutions] * 4, widths, (2, 2, 2, 1))
     norms = [group[-1].norm for group in groups]
-    network = Network(nn.Sequential(*layers), groups, None, stage_channels, norms, num_classes)
+    network = Network(nn.Sequential(*layers), groups, None, widths[1:], norms, num_classes)
     nn.init.normal_(network.classifier.weight, 0.0, 0.01)
     return network
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion - 3x3 depthwise - 1x1 projection, BatchNorm after each, activation after two.
-
-    Without an expansion convolution where `expansion` is 0.
-    """
+    """1x1 expansion (none where it is 0) - 3x3 depthwise - 1x1 projection, each with BatchNorm."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, expansion: int,
                  activation: Callable):
@@ -456,9 +330,8 @@ MOBILENETS = {
 def mobilenetv2(form: str, num_classes: int, dropout: float | None = None) -> Network:
     """MobileNetV2 (Sandler et al. 2018) for small images, in the two forms of the papers' tables.
 
-    mobilenetv2: the ATang paper's Table 4, 0.6M weights, maps of 32, 16 and 8 pixels; its last
-    stage ends after the 1x1 convolution to 640 channels; dropout 0.2, as in its authors' class.
-    mobilenetv2_half: the CIFAR-100 tables', half the width of the original, maps of 16 to 2 pixels.
+    mobilenetv2: the ATang paper's Table 4, whose last stage ends after the 1x1 convolution to 640
+    channels, with its authors' dropout; mobilenetv2_half: the CIFAR-100 tables'.
     """
     (channels, stem_stride), last, activation, layout = MOBILENETS[form]
     of_atang = form == "mobilenetv2"
@@ -477,11 +350,10 @@ def mobilenetv2(form: str, num_classes: int, dropout: float | None = None) -> Ne
     head = nn.Sequential(nn.Conv2d(channels, last, 1, bias=False), nn.BatchNorm2d(last))
     if of_atang:
         stage_channels[-1] = last
-    if dropout is None:
-        dropout = 0.2 if of_atang else 0.0
+        dropout = 0.2 if dropout is None else dropout
     norms = [group[0].norm1 for group in groups[1:]] + [head[1]]
-    network = Network(stem, groups, head, stage_channels, norms, num_classes, activation, dropout,
-                      last_stage_is_head=of_atang)
+    network = Network(stem, groups, head, stage_channels, norms, num_classes, activation,
+                      dropout or 0.0, last_stage_is_head=of_atang)
     nn.init.normal_(network.classifier.weight, 0.0, 0.01)
     return network
 
@@ -548,16 +420,12 @@ class ShuffleBlockV2(nn.Module):
 
 
 def shufflenet(version: int, num_classes: int) -> Network:
-    """ShuffleNet (Zhang et al. 2018), three groups in every 1x1, or ShuffleNetV2 (Ma et al. 2018).
-
-    V2 is of size 1; the stems of both have no stride.
-    """
+    """ShuffleNet (Zhang et al. 2018), or ShuffleNetV2 of size 1 (Ma et al. 2018), without strides
+    in the stem."""
     block = ShuffleBlockV1 if version == 1 else ShuffleBlockV2
     channels = [24, 240, 480, 960] if version == 1 else [24, 116, 232, 464]
     stem = nn.Sequential(nn.Conv2d(3, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
-    groups, head = nn.ModuleList(), None
-    for number, count in enumerate((4, 8, 4)):
-        groups.append(group_of(block, count, channels[number], channels[number + 1], 2))
+    groups, head = make_groups(block, (4, 8, 4), channels, (2, 2, 2)), None
     if version == 1:
         norms = [group[-1].last_norm for group in groups]
     else:
@@ -584,186 +452,152 @@ class DepthwiseBlock(nn.Module):
 
 
 def mobilenet(num_classes: int) -> Network:
-    """MobileNet (Howard et al. 2017) for ImageNet, 4.2M weights, maps of 56 to 7 pixels.
+    """MobileNet (Howard et al. 2017) for ImageNet, its first block a part of the stem.
 
-    The first block, at half of the image's size, belongs to the stem: the four groups end where the
-    overhaul's code distils, after its layers 3, 5, 11 and 13.
+    The four groups end where the overhaul's code distils, after its layers 3, 5, 11 and 13.
     """
     stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
                          nn.Conv2d(32, 32, 3, 1, 1, groups=32, bias=False), nn.BatchNorm2d(32),
                          nn.ReLU(), nn.Conv2d(32, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
-    groups, channels = nn.ModuleList(), [64, 128, 256, 512, 1024]
-    for number, count in enumerate((2, 2, 6, 2)):
-        groups.append(group_of(DepthwiseBlock, count, channels[number], channels[number + 1], 2))
+    channels = [64, 128, 256, 512, 1024]
+    groups = make_groups(DepthwiseBlock, (2, 2, 6, 2), channels, (2, 2, 2, 2))
     norms = [group[-1].last_norm for group in groups]
     return Network(stem, groups, None, channels[1:], norms, num_classes)
 
 
-# The pairs of networks, teacher and student, of the papers' tables.
-PAIRS = {
-    "ATang, Tables 2 to 4 (CIFAR-10, CINIC-10)": [
-        ("wrn16_3", "wrn16_1"), ("wrn28_3", "wrn16_1"), ("wrn28_3", "wrn16_3"),
-        ("resnet44", "wrn16_1"), ("mobilenetv2", "resnet20")],
-    "ATang, Table 5 (CINIC-10)": [
-        ("wrn28_3", "resnet20"), ("wrn16_3", "resnet20"), ("wrn16_8", "wrn28_1"),
-        ("wrn28_6", "wrn16_8")],
-    "FSP, Table 1 of Liu's report (CIFAR-100)": [("resnet32", "resnet32")],
-    "Overhaul, Table 2 (CIFAR-100), settings a to f": [
-        ("wrn28_4", "wrn16_4"), ("wrn28_4", "wrn28_2"), ("wrn28_4", "wrn16_2"),
-        ("wrn28_4", "resnet56"), ("pyramidnet200_240", "wrn28_4"),
-        ("pyramidnet200_240", "pyramidnet110_84")],
-    "Overhaul, Table 4 (ImageNet)": [
-        ("imagenet_resnet152", "imagenet_resnet50"), ("imagenet_resnet50", "imagenet_mobilenet")],
-    "SKD, Table 3 (CIFAR-100)": [
-        ("wrn40_2", "wrn16_2"), ("wrn40_2", "wrn40_1"), ("resnet56", "resnet20"),
-        ("resnet110", "resnet20"), ("resnet110", "resnet32"), ("resnet32x4", "resnet8x4"),
-        ("vgg13", "vgg8")],
-    "SKD, Table 4 (CIFAR-100), unlike networks": [
-        ("resnet50", "mobilenetv2_half"), ("resnet50", "vgg8"), ("resnet32x4", "shufflenetv1"),
-        ("resnet32x4", "shufflenetv2"), ("wrn40_2", "shufflenetv1")],
-    "SKD, Tables 5 and 6 (ImageNet)": [
-        (f"imagenet_resnet{depth}", "imagenet_resnet18") for depth in (34, 50, 101, 152)],
-    "SKD, Table 7 (CIFAR-100), growing teachers": [
-        (f"resnet{depth}", "resnet14") for depth in (20, 32, 44, 56, 110)]}
-
-# ImageNet's ResNets, by depth: the block, and how many of them in each group.
-IMAGENET = {"18": (BasicBlock, [2, 2, 2, 2]), "34": (BasicBlock, [3, 4, 6, 3]),
-            "50": (Bottleneck, [3, 4, 6, 3]), "101": (Bottleneck, [3, 4, 23, 3]),
-            "152": (Bottleneck, [3, 8, 36, 3])}
+NARROW, WIDE = [64, 64, 128, 256, 512], [64, 256, 512, 1024, 2048]
+# Each makes a network of num_classes; any depth and width of wrn and resnet is known beside them.
+MAKERS = {
+    "resnet50": partial(resnet, Bottleneck, [3, 4, 6, 3], WIDE),
+    "pyramidnet110_84": partial(pyramidnet, 110, 84, False),
+    "pyramidnet200_240": partial(pyramidnet, 200, 240, True),
+    "vgg8": partial(vgg, 1), "vgg13": partial(vgg, 2),
+    "mobilenetv2": partial(mobilenetv2, "mobilenetv2"),
+    "mobilenetv2_half": partial(mobilenetv2, "mobilenetv2_half"),
+    "shufflenetv1": partial(shufflenet, 1), "shufflenetv2": partial(shufflenet, 2),
+    "imagenet_resnet18": partial(resnet, BasicBlock, [2, 2, 2, 2], NARROW, imagenet=True),
+    "imagenet_resnet34": partial(resnet, BasicBlock, [3, 4, 6, 3], NARROW, imagenet=True),
+    "imagenet_resnet50": partial(resnet, Bottleneck, [3, 4, 6, 3], WIDE, imagenet=True),
+    "imagenet_resnet101": partial(resnet, Bottleneck, [3, 4, 23, 3], WIDE, imagenet=True),
+    "imagenet_resnet152": partial(resnet, Bottleneck, [3, 8, 36, 3], WIDE, imagenet=True),
+    "imagenet_mobilenet": mobilenet}
 
 
 def create_model(name: str, num_classes: int, **kw) -> nn.Module:
     """The network called `name`, freshly initialised; `kw` goes to its maker (dropout=0.0)."""
+    if name in MAKERS:
+        return MAKERS[name](num_classes=num_classes, **kw)
     if match := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
         depth, width = int(match[1]), int(match[2])
         if depth < 10 or depth % 6 != 4 or width < 1:
-            raise UserError(f"{name}: a wide residual network has depth 6n+4 (10, 16, 22, 28, 40) "
-                            f"and width 1 or more, as in wrn16_3")
+            raise UserError(f"{name}: wrn has a depth of 6n+4 and a width from 1 on, as in wrn16_3")
         return wide_resnet(depth, width, num_classes, **kw)
-    if name == "resnet50":
-        return resnet(Bottleneck, [3, 4, 6, 3], [64, 256, 512, 1024, 2048], num_classes, **kw)
-    match = re.fullmatch(r"imagenet_resnet(\d+)", name)
-    if match and match[1] in IMAGENET:
-        block, counts = IMAGENET[match[1]]
-        widths = [width * (1 if block is BasicBlock else 4) for width in (64, 128, 256, 512)]
-        return resnet(block, counts, [64, *widths], num_classes, imagenet=True, **kw)
     if match := re.fullmatch(r"resnet(\d{1,4})(x4)?", name):
         depth, channels = int(match[1]), [32, 64, 128, 256] if match[2] else [16, 16, 32, 64]
         if depth < 8 or depth % 6 != 2:
-            raise UserError(f"{name}: a CIFAR residual network has depth 6n+2 "
-                            f"(8, 14, 20, 26, 32, 44, 56, 110), as in resnet20 or resnet8x4")
+            raise UserError(f"{name}: resnet has a depth of 6n+2, as in resnet20 or resnet8x4")
         return resnet(BasicBlock, [(depth - 2) // 6] * 3, channels, num_classes, **kw)
-    if name in MOBILENETS:
-        return mobilenetv2(name, num_classes, **kw)
-    makers = {"imagenet_mobilenet": mobilenet, "vgg8": partial(vgg, 1), "vgg13": partial(vgg, 2),
-              "shufflenetv1": partial(shufflenet, 1), "shufflenetv2": partial(shufflenet, 2),
-              "pyramidnet110_84": partial(pyramidnet, 110, 84, False),
-              "pyramidnet200_240": partial(pyramidnet, 200, 240, True)}
-    if name in makers:
-        return makers[name](num_classes=num_classes, **kw)
     raise UserError(f"unknown network {name}; known are {', '.join(model_names())}")
 
 
 def model_names() -> list[str]:
-    """Names of the papers' networks; wrn and resnet take any other valid depth and width too."""
-    wide = ["16_1", "16_2", "16_3", "16_4", "16_8", "28_1", "28_2", "28_3", "28_4", "28_6",
-            "40_1", "40_2"]
-    return ([f"wrn{size}" for size in wide]
-            + [f"resnet{depth}" for depth in (8, 14, 20, 26, 32, 44, 56, 110, "8x4", "32x4", 50)]
-            + ["pyramidnet110_84", "pyramidnet200_240", "vgg8", "vgg13", "mobilenetv2",
-               "mobilenetv2_half", "shufflenetv1", "shufflenetv2"]
-            + [f"imagenet_resnet{depth}" for depth in IMAGENET] + ["imagenet_mobilenet"])
+    """The papers' networks."""
+    wide = "16_1 16_2 16_3 16_4 16_8 28_1 28_2 28_3 28_4 28_6 40_1 40_2".split()
+    deep = "8 14 20 26 32 44 56 110 8x4 32x4".split()
+    return [*(f"wrn{size}" for size in wide), *(f"resnet{size}" for size in deep), *MAKERS]
 
 
-def check_pair(teacher: str, student: str, image_size: int, alike: str) -> None:
-    """Raise UserError where two networks cannot be matched, before any data is read.
-
-    alike: what their groups must have alike: "count", how many there are; "sizes", also their
-    height and width; "" for methods that look at the logits alone.
-    """
+def meta_taps(name: str, image_size: int) -> Taps:
+    """A network's maps for one image; its logits alone where its forward knows no taps."""
     with torch.device("meta"), torch.no_grad():     # shapes without numbers
+        network = create_model(name, 10).eval()
         image = torch.empty(1, 3, image_size, image_size)
-        ends = [create_model(name, 10).eval()(image, taps=True).stages
-                for name in (teacher, student)]
-    for number, (theirs, ours) in enumerate(itertools.zip_longest(*ends), 1):
-        shapes = ["no map" if x is None else "x".join(map(str, x.shape[1:]))
-                  for x in (theirs, ours)]
-        apart = theirs is None or ours is None
-        if alike == "sizes" and not apart:
-            apart = theirs.shape[2:] != ours.shape[2:]
-        if alike and apart:
-            raise UserError(f"group {number} of {teacher} ends in {shapes[0]}, of {student} in "
-                            f"{shapes[1]} (channels x height x width): these cannot be matched; "
-                            f"wrn16_3 and wrn16_1, or resnet56 and resnet20, can")
+        try:
+            if "taps" in inspect.signature(network.forward).parameters:
+                return network(image, taps=True)
+            return Taps(network(image))
+        except RuntimeError as error:
+            raise UserError(f"{name} takes no images of {image_size} pixels "
+                            f"({str(error).strip().splitlines()[0]})") from None
+
+
+def check_pair(teacher: str, student: str, image_size: int, maps: Sequence[str] = (),
+               sizes: bool = False) -> tuple[Taps, Taps]:
+    """The teacher's and the student's maps, on the meta device; UserError where they do not match.
+
+    maps: the fields of Taps that a method compares; sizes: whether in height and width too.
+    """
+    taps = meta_taps(teacher, image_size), meta_taps(student, image_size)
+    for field in maps:
+        pair = [getattr(network, field) for network in taps]
+        for name, found in zip((teacher, student), pair):
+            if not found:
+                raise UserError(f"{name} has no maps to compare: its forward(images, taps=True) "
+                                f"must return Taps with {field}")
+        for number, (first, second) in enumerate(zip_longest(*pair), 1):
+            shapes = ["no map" if x is None else "x".join(map(str, x.shape[1:]))
+                      for x in (first, second)]
+            if "no map" in shapes or (sizes and first.shape[2:] != second.shape[2:]):
+                raise UserError(f"group {number} of {teacher} has {shapes[0]}, of {student} "
+                                f"{shapes[1]} ({field}, channels x height x width): these cannot "
+                                f"be matched; wrn16_3 and wrn16_1, or resnet56 and resnet20, can")
+    return taps
 
 
 def print_networks() -> None:
-    """Every network's size and the shape of its maps, then the papers' pairs."""
-    def shapes(maps: list[Tensor]) -> str:
+    """Every network's size and the shape of its maps."""
+    def shapes(maps: Sequence[Tensor]) -> str:
         return " ".join(f"{x.shape[1]}x{x.shape[2]}" for x in maps)
 
     print("channels x pixels of each group's first map (entries), last map (stages), and pre_relu;"
-          "\nof images of 32 pixels, of ImageNet's networks of 224")
-    print(f"{'network':20}{'classes: 10':>12}{'100':>12}{'1000':>12}  {'entries':30}{'stages':30}"
+          "\nfor images of 32 pixels, and of 224 for ImageNet's networks")
+    print(f"{'network':20}{'10 classes':>12}{'100':>12}{'1000':>12}  {'entries':30}{'stages':30}"
           f"pre_relu")
     for name in model_names():
-        size = 224 if name.startswith("imagenet_") else 32
-        with torch.device("meta"), torch.no_grad():     # shapes without numbers
-            network = create_model(name, 10).eval()
-            taps = network(torch.empty(1, 3, size, size), taps=True)
-        of_class = network.classifier.in_features + 1
-        count = sum(p.numel() for p in network.parameters()) - 10 * of_class
-        print(f"{name:20}" + "".join(f"{count + n * of_class:12,}" for n in (10, 100, 1000))
+        with torch.device("meta"):
+            networks = [create_model(name, classes) for classes in (10, 100)]
+        counts = [sum(p.numel() for p in network.parameters()) for network in networks]
+        counts.append(counts[1] + 10 * (counts[1] - counts[0]))
+        taps = meta_taps(name, 224 if name.startswith("imagenet_") else 32)
+        print(f"{name:20}" + "".join(f"{count:12,}" for count in counts)
               + f"  {shapes(taps.entries):30}{shapes(taps.stages):30}{shapes(taps.pre_relu)}")
-    for table, pairs in PAIRS.items():
-        print(f"\n{table}: " + ", ".join(f"{student} from {teacher}" for teacher, student in pairs))
 
 
-# ================================================================================================
-# Checkpoints and folders of runs
-# ================================================================================================
-
-
-def new_model(name: str, loader: "ImageLoader", seed: int) -> nn.Module:
-    """The network as the seed makes it, for the loader's classes, on its device, channels_last."""
-    torch.manual_seed(seed)
-    network = create_model(name, loader.num_classes)
-    return network.to(loader.labels.device, memory_format=torch.channels_last)
-
-
-def weights_hash(network: nn.Module) -> str:
-    """The sha256 of all weights and statistics: which teacher taught."""
-    values = [value.cpu().numpy().tobytes() for value in network.state_dict().values()]
-    return hashlib.sha256(b"".join(values)).hexdigest()
+# --- Weights ------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: Path) -> dict:
-    """What a file holds, its weights as "model"; nothing in the file is executed."""
+    """What a file of torch.save holds; nothing in it is executed."""
     try:
-        with warnings.catch_warnings():     # the error below says all in one line
+        # argparse's Namespace is plain data: torchvision's scripts keep their flags in one
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:      # each kind of damage fails in its own way
-        reason = str(error).split(". ")[0][:200]
-        raise UserError(f"{path} is missing, damaged or no checkpoint: name another one or train "
-                        f"it anew ({reason})") from None
-    return state if isinstance(state, dict) and "model" in state else {"model": state}
+        raise UserError(f"{path} {what_is_wrong(path, str(error))}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not the weights of a network")
+    return state
 
 
-def check_weights(network: nn.Module, weights: dict, path: Path) -> None:
-    """Raise UserError that names the first weight which the network does not have just so."""
-    def form(state: dict, key: str) -> object:
-        x = state.get(key, "missing")
-        return tuple(x.shape) if isinstance(x, Tensor) else x
-
-    if not isinstance(weights, dict):
-        raise UserError(f"{path} holds a {type(weights).__name__}, not the weights of a network")
-    expected = network.state_dict()
-    for key in [*expected, *weights]:
-        found, wanted = form(weights, key), form(expected, key)
-        if found != wanted:
-            raise UserError(f"{path} is of another network or number of classes: its {key} is "
-                            f"{str(found)[:80]}, not {wanted}")
+def what_is_wrong(path: Path, error: str) -> str:
+    """Why torch.load cannot read a file, for a sentence that begins with its name."""
+    with open(path, "rb") as file:
+        head = file.read(200)
+    if head.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS to the file meant: fetch that by `git lfs pull`"
+    if head.lstrip().startswith(b"<"):
+        return "is a web page, not a checkpoint: download the file itself"
+    if head.strip() and head.isascii() and b"\0" not in head:
+        return f"is a text, not a checkpoint; it begins with {head.decode().split()[0]}"
+    if "TorchScript" in error:
+        return "is a program of TorchScript, which is not executed: save its state_dict()"
+    if objects := re.search(r"GLOBAL (\S+)", error):
+        return (f"holds objects of Python beside tensors and numbers ({objects[1]}), of which "
+                f"nothing is executed: save the state_dict() alone")
+    return "is cut short, damaged or no checkpoint: copy, download or train it again"
 
 
 def published_weights(name: str) -> dict:
@@ -774,116 +608,92 @@ def published_weights(name: str) -> dict:
         raise UserError(f"{name}: torchvision has no such weights; known are those such as "
                         f"ResNet34_Weights.IMAGENET1K_V1") from None
     try:
-        return in_turn(partial(weights.get_state_dict, progress=False, check_hash=True))
+        return rank0_first(partial(weights.get_state_dict, progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
         raise UserError(f"could not fetch {weights.url} ({error}); download it by hand and give "
                         f"--teacher-ckpt the file") from None
 
 
-def from_torchvision(weights: dict) -> dict:
-    """The state_dict of one of torchvision's ResNets under the names of ours."""
-    last = "3" if "layer1.0.conv3.weight" in weights else "2"
-    ours = {}
-    for key, x in weights.items():
-        key = re.sub(r"^(conv|bn)1\.", lambda match: f"stem.{int(match[1] == 'bn')}.", key)
-        key = re.sub(r"^layer(\d)", lambda match: f"groups.{int(match[1]) - 1}", key)
-        key = key.replace(f".bn{last}.", ".last_norm.").replace(".bn", ".norm")
-        key = key.replace(".downsample.", ".shortcut.").replace("fc.", "classifier.")
-        ours[key] = x
-        if key.endswith("running_var"):     # files of old lack the count of batches
-            ours.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+def own_names(keys: list[str]) -> list[str]:
+    """What our networks call a file's keys: no wrapper's prefix, torchvision's ResNets as ours."""
+    names = [re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)) for key in keys]
+    if not {"layer1.0.conv1.weight", "fc.weight"} <= set(names):
+        return names
+    last = "3" if "layer1.0.conv3.weight" in names else "2"
+    ours = []
+    for name in names:
+        name = re.sub(r"^bn1\.", "stem.1.", re.sub(r"^conv1\.", "stem.0.", name))
+        name = re.sub(r"^layer(\d)", lambda match: f"groups.{int(match[1]) - 1}", name)
+        name = name.replace(f".bn{last}.", ".last_norm.").replace(".bn", ".norm")
+        ours.append(name.replace(".downsample.", ".shortcut.").replace("fc.", "classifier."))
     return ours
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Load a checkpoint of any of the scripts, or a plain state_dict; all of it, or UserError.
+def load_weights(network: nn.Module, path: str | Path) -> dict:
+    """Load all weights of a network from a file, or raise UserError; return what else it holds.
 
-    Of torchvision's ResNets too: a file, or the name of published weights in place of its path.
-    A method's connectors are no part of the network and are left out.
+    A file is a checkpoint of any of the scripts, a state_dict, or holds one under one of the usual
+    keys, also as saved from within DistributedDataParallel or torch.compile. Of torchvision's
+    ResNets the path may also be the name of published weights.
     """
     if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not Path(path).exists():
         weights = published_weights(str(path))
     else:
-        weights = read_checkpoint(path)["model"]
-    if isinstance(weights, dict):
-        weights = {key: x for key, x in weights.items() if not str(key).startswith("connectors.")}
-        if "layer1.0.conv1.weight" in weights and "fc.weight" in weights:
-            weights = from_torchvision(weights)
-    check_weights(network, weights, path)
-    network.load_state_dict(weights)
+        weights = read_checkpoint(Path(path))
+    rest = {}
+    for key in ("model", "state_dict", "model_state_dict", "net"):
+        if isinstance(weights.get(key), dict):
+            rest = dict(weights)
+            weights = rest.pop(key)
+            break
+    expected, loaded = network.state_dict(), {}
+    for (key, value), name in zip(weights.items(), own_names(list(weights))):
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        wanted = tuple(expected[name].shape) if name in expected else "unknown to this network"
+        if found != wanted:
+            raise UserError(f"{path} is of another network or number of classes: its {key} is "
+                            f"{found}, not {wanted}")
+        if not value.isfinite().all():
+            raise UserError(f"{path}: its {key} is not finite (NaN or inf): the training that made "
+                            f"it had failed")
+        loaded[name] = value
+    for name in expected:       # files of old lack the counts of batches
+        if name not in loaded and not name.endswith("num_batches_tracked"):
+            raise UserError(f"{path} is of another network or number of classes: it has no {name}")
+    network.load_state_dict(loaded, strict=False)
+    return rest
 
 
-def read_log(folder: Path) -> list[dict]:
-    """The log of a run, its header first; empty where there is none, or none of ours."""
+# --- Data sets ----------------------------------------------------------------------------------
+
+DATASETS = {"cifar10": 32, "cifar100": 32, "cinic10": 32, "folder": 32, "imagenet": 224,
+            "shapes": 16}       # the usual size of an image, in pixels
+FOLDERS = {"cinic10": ("train", "test", "valid"), "folder": ("train", "test", "val", "valid"),
+           "imagenet": ("train", "val")}
+
+
+def processes() -> tuple[int, int]:
+    """The rank of this process, and how many train together: 0 and 1 without torchrun."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def rank0_first(fetch: Callable) -> object:
+    """fetch() in the first process, then in the others, which find what it downloaded."""
+    rank, world = processes()
+    if rank > 0:
+        distributed.all_reduce(torch.zeros(1))      # a barrier, on whatever device the training is
     try:
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        whole = "settings" in log[0] and all("test" in row for row in log[1:])
-        return log if whole else []
-    except (OSError, ValueError, TypeError, IndexError):
-        return []
-
-
-def read_run(folder: Path, settings: dict, model: nn.Module) -> dict:
-    """The checkpoint of a run that is to go on; UserError where its settings were others."""
-    path = folder / "last.pt"
-    state = read_checkpoint(path)
-    kept = state["log"][0]["settings"] if state.get("log") else {}
-    changed = [f"{key} {kept.get(key)}, now {settings.get(key)}" for key in kept | settings
-               if kept.get(key) != settings.get(key)]
-    if changed:
-        teacher = "" if "teacher_hash" in settings else " from there"
-        raise UserError(f"{folder} was made with other settings ({'; '.join(changed)}): choose "
-                        f"another --out, and keep a teacher{teacher} with --teacher-ckpt")
-    check_weights(model, state["model"], path)
-    for copy in sorted(folder.glob("*.py")):
-        source = Path(__file__).with_name(copy.name)
-        if source.exists() and source.read_bytes() != copy.read_bytes():
-            print(f"note: {folder} was begun by another {copy.name}, which lies there; choose "
-                  f"another --out to run today's")
-    return state
-
-
-def begin_run(folder: Path, script: Path) -> None:
-    """A new run's folder, with the record of what is about to run in it."""
-    if processes()[0] > 0:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for source in (script, Path(__file__)):
-        shutil.copy(source, folder)
-
-
-def write_run(folder: Path, state: dict) -> None:
-    """log.jsonl and last.pt, each written aside and renamed: a kill leaves what was there whole.
-
-    The first process writes, the others wait, since they may read it next.
-    """
-    if processes()[0] == 0:
-        write_files(folder, state)
-    wait_for_all()
-
-
-def write_files(folder: Path, state: dict) -> None:
-    log = "".join(json.dumps(row) + "\n" for row in state["log"])
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    for name, content in (("log.jsonl", log.encode()), ("last.pt", buffer.getvalue())):
-        aside = folder / f"{name}.{os.getpid()}"
-        try:
-            aside.write_bytes(content)
-            aside.replace(folder / name)
-        except OSError:     # a full disk: leave no half of a file on it
-            aside.unlink(missing_ok=True)
-            raise
-
-
-# ================================================================================================
-# Data sets
-# ================================================================================================
+        return fetch()
+    finally:
+        if rank == 0 and world > 1:
+            distributed.all_reduce(torch.zeros(1))
 
 
 class Split(NamedTuple):
     """One split of a data set, whole."""
-    images: Tensor | np.ndarray    # (N, H, W, 3) uint8; of a FileLoader the paths, (N,)
+    images: Tensor | np.ndarray    # (N, H, W, 3) uint8; of images in files their paths, (N,)
     labels: Tensor                 # (N,) int64
     masks: Tensor | None = None    # (N, H, W) bool, where the object is; shapes only
 
@@ -893,177 +703,154 @@ class Loader:
 
     The order, crops and flips of a shuffled loader depend on (seed, epoch) alone. Of several
     processes each gets its share of every batch, and all together the batch that one would get.
-    Images left over for the last batch that cannot be shared alike, or would leave each process
-    with one alone, which BatchNorm could not normalise, sit out their epoch; measured are all.
+    What cannot be shared of the last one, or leaves one image alone, which BatchNorm cannot
+    normalise, sits out that epoch. A loader that is not shuffled gives every image, once.
     """
 
     def __init__(self, split: Split, class_names: list[str], size: int, mean: Tensor, std: Tensor,
-                 batch_size: int, device: torch.device, shuffle: bool, augment: bool, seed: int):
+                 batch_size: int, device: torch.device, shuffle: bool, seed: int):
         self.images, self.labels, self.masks = split.images, split.labels.to(device), split.masks
         self.class_names, self.num_classes = class_names, len(class_names)
-        self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
+        self.batch_size, self.shuffle = batch_size, shuffle
         self.size, self.seed, self.epoch = size, seed, 0
         self.settings = {}      # what decides the images; filled in by load_data
         self.rank, self.world = processes()
-        last = len(self.labels) % batch_size
-        kept = last - last % self.world
-        if kept == self.world and len(self.labels) > 1:
-            kept = 0
-        self.left_out = last - kept if shuffle else 0
+        self.mean = [value / 255 for value in mean.tolist()]
+        self.std = [value / 255 for value in std.tolist()]
         # one value a pixel, not one a channel: subtracting three-element rows is 5 times slower
-        self.mean = mean.to(device).expand(size, size, 3).contiguous()
-        self.std = std.to(device).expand(size, size, 3).contiguous()
-
-    def __len__(self) -> int:
-        whole, last = divmod(len(self.labels) - self.left_out, self.batch_size)
-        return whole + (last > self.rank)
+        self.pixel_mean = mean.to(device).expand(size, size, 3).contiguous()
+        self.pixel_std = std.to(device).expand(size, size, 3).contiguous()
 
     def set_epoch(self, epoch: int, seed: int | None = None) -> None:
         """Choose the order and the crops of the next pass; the seed stays what it was if None."""
         self.epoch, self.seed = epoch, self.seed if seed is None else seed
 
-    def begin_pass(self) -> tuple[Tensor, torch.Generator]:
-        """The order of this pass, and the generator that its crops and flips are drawn from."""
-        generator, count = torch.Generator(), len(self.labels)
-        generator.manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        return order, generator
-
-    def share(self, values: Tensor) -> Iterator[Tensor]:
-        """This process's part of each batch, of (..., N) values in the order of the pass."""
-        for batch in values[..., :len(self.labels) - self.left_out].split(self.batch_size, -1):
-            if self.rank < batch.shape[-1]:
-                yield batch[..., self.rank::self.world]
-
     def normalise(self, images: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, channels_last in memory."""
-        return images.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+        return images.float().sub_(self.pixel_mean).div_(self.pixel_std).permute(0, 3, 1, 2)
 
 
 class ImageLoader(Loader):
-    """Of a split that lies on the device as uint8: crops from a padded border, and flips.
-
-    They are drawn on the CPU, so that every device sees the same batches; the pixels never leave
-    the device.
-    """
+    """Of a split that lies on the device as uint8; crops and flips are drawn on the CPU for all."""
 
     def __init__(self, split: Split, class_names: list[str], mean: Tensor, std: Tensor,
                  batch_size: int, device: torch.device, *, shuffle: bool, augment: bool = False,
                  reflect: bool = False, seed: int = 0):
         super().__init__(split, class_names, split.images.shape[1], mean, std, batch_size, device,
-                         shuffle, augment, seed)
-        self.images = split.images.to(device)
+                         shuffle, seed)
+        images, self.augment = split.images, augment
         self.padding = self.size // 8 if augment else 0        # 4 pixels at 32x32
-        if augment:     # the mirrored pictures lie behind the others: flipping costs memory alone
-            self.images = pad(self.images, self.padding, reflect)
-            self.images = torch.cat([self.images, self.images.flip(2)])
+        if augment:
+            widths = [(0, 0), (self.padding, self.padding), (self.padding, self.padding), (0, 0)]
+            mode = "reflect" if reflect else "constant"
+            images = torch.from_numpy(np.pad(images.numpy(), widths, mode))
+        self.images = images.to(device)
+        self.count = len(self.labels)       # of images in a pass
+        if shuffle:
+            last = self.count % batch_size
+            each = last // self.world       # of its images for each process
+            self.count -= last - each * self.world if each > 1 else last
+
+    def __len__(self) -> int:
+        whole, last = divmod(self.count, self.batch_size)
+        return whole + (last > self.rank)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device, count, wide = self.labels.device, len(self.labels), self.size + 2 * self.padding
-        order, generator = self.begin_pass()
-        order = order.to(device)
-        if not self.augment:
-            for chosen in self.share(order):
-                yield self.normalise(self.images[chosen]), self.labels[chosen]
-            return
-        shift = torch.randint(2 * self.padding + 1, (2, count), generator=generator).to(device)
-        order += count * torch.randint(2, (count,), generator=generator).to(device)
-        # Every run of `size` pixels in memory is a row of this view, so that a crop is `size` of
-        # its rows: (image, line, column) -> the number of the pixel the row starts at.
-        runs = self.images.view(-1).as_strided(
-            (self.images[..., 0].numel() - self.size + 1, 3 * self.size), (3, 1))
-        lines = torch.arange(self.size, device=device)
-        for chosen, (down, right) in zip(self.share(order), self.share(shift)):
-            start = ((chosen * wide + down)[:, None] + lines) * wide + right[:, None]
-            crop = runs.index_select(0, start.flatten()).view(-1, self.size, self.size, 3)
-            yield self.normalise(crop), self.labels[chosen % count]
+        count, width, device = len(self.labels), self.images.shape[2], self.labels.device
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        shift = torch.randint(2 * self.padding + 1, (2, count), generator=generator)
+        flip = torch.randint(2, (1, count), generator=generator)
+        plan = torch.cat([order[None], shift, flip])[:, :self.count].to(device)
+        pixels = torch.arange(self.size, device=device)
+        for batch in plan.split(self.batch_size, dim=1):
+            chosen, down, right, mirrored = batch[:, self.rank::self.world]
+            if not len(chosen):     # fewer images are left to measure than there are processes
+                return
+            if self.augment:
+                rows, columns = down[:, None] + pixels, right[:, None] + pixels
+                columns = torch.where(mirrored[:, None] == 1, width - 1 - columns, columns)
+                # images[chosen, rows, columns], but four times as fast on a CPU
+                lines = chosen[:, None, None] * width + rows[:, :, None]
+                places = (lines * width + columns[:, None, :]).flatten()
+                images = self.images.view(-1, 3).index_select(0, places)
+                images = images.view(-1, self.size, self.size, 3)
+            else:
+                images = self.images[chosen]
+            yield self.normalise(images), self.labels[chosen]
+
+
+class PictureFiles(Dataset):
+    """Pictures in files, decoded and cut to (size, size, 3) uint8, with their labels.
+
+    The number of workers changes nothing: each crop has a seed of its own.
+    """
+
+    def __init__(self, split: Split, size: int, augment: bool = False):
+        self.paths, self.labels, self.seed = split.images, split.labels, 0
+        cut = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+        if augment:     # 8 to 100 % of the picture
+            cut = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+        self.transform = v2.Compose([v2.PILToTensor(), *cut])   # tensors are resized twice as fast
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        picture = decode(self.paths[index])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed((self.seed * 1_000_003 + index) % 2 ** 63)
+            image = self.transform(picture)
+        return image.permute(1, 2, 0), self.labels[index]
 
 
 class FileLoader(Loader):
-    """Of pictures in files, which worker processes decode anew each epoch.
-
-    With `augment` a part of 8 to 100 % of each picture and its mirror image, as is usual on
-    ImageNet; else the middle. The number of workers changes no batch: a picture's crop has a seed
-    of its own, drawn from (seed, epoch).
-    """
+    """Of pictures that stay in their files, which worker processes decode anew each epoch."""
 
     def __init__(self, split: Split, class_names: list[str], mean: Tensor, std: Tensor,
                  batch_size: int, device: torch.device, *, shuffle: bool, augment: bool = False,
                  seed: int = 0, size: int = 224, workers: int = 0):
-        super().__init__(split, class_names, size, mean, std, batch_size, device, shuffle, augment,
-                         seed)
-        self.workers = workers
+        super().__init__(split, class_names, size, mean, std, batch_size, device, shuffle, seed)
+        self.files = PictureFiles(split, size, augment)
+        share = batch_size // self.world
+        if shuffle:
+            sampler = DistributedSampler(self.files, self.world, self.rank, drop_last=True)
+        else:       # DistributedSampler would measure some images twice
+            sampler = range(self.rank, len(self.files), self.world)
+        self.batches = DataLoader(self.files, share, sampler=sampler, num_workers=workers,
+                                  drop_last=shuffle and len(sampler) % share == 1,
+                                  generator=torch.Generator(), pin_memory=device.type == "cuda")
+        needed = 2 * workers * batch_size * size ** 2 * 3       # each worker holds two batches
+        if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
+            raise UserError(f"--workers {workers} need {needed >> 20} MB of /dev/shm, more than is "
+                            f"free: choose fewer, or --workers 0, or Docker's --shm-size")
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self.labels.device
-        order, generator = self.begin_pass()
-        seeds = torch.randint(2 ** 62, order.shape, generator=generator)
-        asked = ([(self.images[n], seed if self.augment else None)
-                  for n, seed in zip(*both.tolist())]
-                 for both in self.share(torch.stack([order, seeds])))
-        for images, chosen in zip(decoded(asked, self.size, self.workers, device.type == "cuda"),
-                                  self.share(order.to(device))):
-            yield self.normalise(images.to(device, non_blocking=True)), self.labels[chosen]
+        device, trouble = self.labels.device, ""
+        self.files.seed = self.seed * 1_000_003 + self.epoch
+        if self.shuffle:
+            self.batches.sampler.set_epoch(self.files.seed)
+        try:
+            for images, labels in self.batches:
+                if hasattr(signal, "SIGCHLD"):  # torch would raise in whatever line runs just then
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                yield self.normalise(images.to(device, non_blocking=True)), labels.to(device)
+        except (UserError, RuntimeError) as error:
+            # a worker's error comes with its traceback, the error last
+            trouble = str(error).strip().rpartition("UserError: ")[2]
+            if trouble.startswith("DataLoader worker"):
+                trouble = "a process that decodes images was killed: try fewer --workers"
+            elif not isinstance(error, UserError):
+                raise
+            error.__traceback__ = None      # whose frames keep the other workers alive
+        if trouble:
+            raise UserError(trouble)
 
 
-class Decoder:
-    """What a worker does: [(path, seed of its crop or None), ...] -> (N, size, size, 3) uint8.
-
-    Or, where a picture is broken, a text that says so: an error that is raised in a worker comes
-    out with two tracebacks.
-    """
-
-    def __init__(self, size: int):
-        self.part = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
-        self.middle = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
-
-    def __getitem__(self, asked: list[tuple[str, int | None]]) -> Tensor | str:
-        images = []
-        with torch.random.fork_rng(devices=[]):
-            for path, seed in asked:
-                try:
-                    picture = decode(path)
-                except UserError as error:
-                    return str(error)
-                if seed is not None:
-                    torch.default_generator.manual_seed(seed)
-                images.append(self.middle(picture) if seed is None else self.part(picture))
-        return torch.stack(images).permute(0, 2, 3, 1).contiguous()
-
-
-def decode(path: str) -> Tensor:
-    """A picture in a file, (3, H, W) uint8."""
-    try:
-        picture = decode_image(path, "RGB") if decode_image else None
-    except RuntimeError:    # PIL knows more kinds of files, and can say what is wrong
-        picture = None
-    if picture is None or picture.dtype != torch.uint8:
-        picture = pil_to_tensor(open_picture(path))
-    return picture
-
-
-def decoded(asked: Iterable[list], size: int, workers: int, pinned: bool) -> Iterator[Tensor]:
-    """What Decoder gives for each list, in their order."""
-    # a generator of its own, since a DataLoader draws from it even where nothing is shuffled
-    for images in DataLoader(Decoder(size), batch_size=None, sampler=asked, num_workers=workers,
-                             pin_memory=pinned, generator=torch.Generator()):
-        if isinstance(images, str):
-            raise UserError(images)
-        yield images
-
-
-def pad(images: Tensor, width: int, reflect: bool) -> Tensor:
-    """(N, H, W, 3) -> (N, H + 2 width, W + 2 width, 3): black, or mirrored at the edge pixel."""
-    if not reflect:
-        return F.pad(images, (0, 0, width, width, width, width))
-    size = images.shape[1]
-    index = torch.arange(-width, size + width, device=images.device).abs()
-    index = (size - 1) - (size - 1 - index).abs()
-    return images[:, index][:, :, index]
-
-
-SHAPES = ["disk", "ring", "crescent", "square", "triangle", "cross", "star", "clover", "heart",
-          "corner"]
+SHAPES = "disk ring crescent square triangle cross star clover heart corner".split()
 
 
 def outlines(u: Tensor, v: Tensor) -> Tensor:
@@ -1142,7 +929,7 @@ def read_cifar(dataset: str, data_dir: Path, train: bool) -> tuple[Split, list[s
     """CIFAR-10 or CIFAR-100 by torchvision, downloaded when absent."""
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
     try:
-        source = kind(data_dir, train=train, download=True)
+        source = rank0_first(partial(kind, data_dir, train=train, download=True))
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"could not fetch {kind.url} ({error}); put {kind.filename} or the unpacked folder "
@@ -1151,91 +938,111 @@ def read_cifar(dataset: str, data_dir: Path, train: bool) -> tuple[Split, list[s
     return Split(torch.from_numpy(source.data), torch.tensor(source.targets)), source.classes
 
 
-def list_folder(data_dir: Path, names: tuple[str, ...]) -> tuple[dict, list[str]]:
-    """data_dir/train, /test and /val (or /valid), each with a subfolder of images a class."""
-    sources = {}
-    for name in names:
-        if (data_dir / name).is_dir():
-            try:
-                sources[name.removesuffix("id")] = datasets.ImageFolder(data_dir / name)
-            except FileNotFoundError as error:
-                raise UserError(f"{data_dir / name} wants one subfolder of images a class: "
-                                 f"{error}") from None
-    if "train" not in sources or len(sources) < 2:
-        raise UserError(f"{data_dir} needs the folders train/ and test/ (or val/, or valid/), "
-                         f"with one subfolder of images a class; name it with --data-dir")
-    class_names = sources["train"].classes
-    for name, source in sources.items():
-        if odd := set(source.classes) ^ set(class_names):
-            raise UserError(f"{data_dir}: the classes of train/ and {name}/ differ in "
-                             f"{', '.join(sorted(odd))}; give both the same subfolders")
-    return sources, class_names
+def look_into(folder: Path, seen: set[Path]) -> tuple[list[Path], list[str]]:
+    """The folders, by name, and the files in a folder, without those that begin with a dot.
 
-
-def open_picture(path: str) -> datasets.folder.Image.Image:
-    """By PIL, in RGB."""
-    try:
-        with datasets.folder.Image.open(path) as file:
-            if file.mode[0] in "IF":    # convert would make it white
-                raise UserError("it has more than 8 bits a channel, convert it to 8")
-            return file.convert("RGB")
-    except Exception as error:    # each format of image fails in its own way
-        raise UserError(f"cannot decode {path} ({error}); repair or remove it") from None
-
-
-def read_folder(data_dir: Path, sources: dict, image_size: int) -> dict[str, Split]:
-    """The splits that list_folder found, in memory.
-
-    Decoded once and kept in data_dir/.decoded_<image_size>.pt, which is made anew when an image
-    below data_dir has come, gone, or changed in size or time.
+    A folder that was seen, or that holds this one, is left out: no link leads there again.
     """
-    paths = [path for source in sources.values() for path, _ in source.samples]
-    stats = [(os.path.relpath(path, data_dir), os.stat(path)) for path in paths]
-    fingerprint = hashlib.sha256(
-        repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]).encode()).hexdigest()
-    cache = data_dir / f".decoded_{image_size}.pt"
+    folders, files = [], []
+    seen.update([folder.resolve(), *folder.resolve().parents])
+    for entry in sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name)):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            files.append(entry.path)
+        elif Path(entry.path).resolve() not in seen:
+            folders.append(Path(entry.path))
+            seen.add(folders[-1].resolve())
+    return sorted(folders), files
+
+
+def files_below(folder: Path, seen: set[Path]) -> list[str]:
+    folders, files = look_into(folder, seen)
+    for inner in folders:
+        files += files_below(inner, seen)
+    return files
+
+
+def in_short(names: Iterable[str]) -> str:
+    """The first five of them."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+
+
+def list_folder(data_dir: Path, names: Sequence[str]) -> tuple[dict[str, Split], list[str], str]:
+    """The splits of a data set as paths, its classes, and a line that says what was found."""
+    found = [data_dir / name for name in names if (data_dir / name).is_dir()]
+    if data_dir / "train" not in found or len(found) < 2:
+        raise UserError(f"{data_dir} needs the folders train/ and {'/ or '.join(names[1:])}/, with "
+                        f"one subfolder of images per class; name it with --data-dir")
+    if {data_dir / "val", data_dir / "valid"} <= set(found):
+        raise UserError(f"{data_dir} has both val/ and valid/: remove or rename one of them")
+    seen, classes, splits, others = {folder.resolve() for folder in found}, {}, {}, []
+    for folder in found:
+        classes[folder], files = look_into(folder, seen)
+        others += files
+    class_names = [path.name for path in classes[found[0]]]
+    if len(class_names) < 2:
+        raise UserError(f"{found[0]} needs two or more subfolders of images, one per class")
+    for folder in found:
+        if odd := {path.name for path in classes[folder]} ^ set(class_names):
+            raise UserError(f"{data_dir}: the classes of train/ and {folder.name}/ differ in "
+                            f"{in_short(odd)}; give both the same subfolders")
+        paths, labels = [], []
+        for label, path in enumerate(classes[folder]):
+            files = files_below(path, seen)
+            pictures = [file for file in files if file.lower().endswith(IMG_EXTENSIONS)]
+            if not pictures:
+                raise UserError(f"{path} has no images ({', '.join(IMG_EXTENSIONS)})")
+            others += set(files) - set(pictures)
+            paths += sorted(pictures, key=os.path.split)
+            labels += [label] * len(pictures)
+        name = folder.name.removesuffix("id")
+        splits[name] = Split(np.array(paths, dtype=object), torch.tensor(labels))
+    counts = [f"{len(split.labels)} {name}" for name, split in splits.items()]
+    line = (f"{len(class_names)} classes ({in_short(class_names)}), {', '.join(counts[:-1])} and "
+            f"{counts[-1]} images")
+    if others:
+        kinds = {os.path.splitext(file)[1].lower() or os.path.basename(file) for file in others}
+        line += f", {len(others)} file{'s' * (len(others) > 1)} left out ({in_short(kinds)})"
+    return splits, class_names, line
+
+
+def decode(path: str) -> Image.Image:
+    """The picture in a file: upright, in RGB, with white behind what is transparent."""
     try:
-        kept = torch.load(cache, weights_only=True, mmap=True)
-        images = kept["images"] if kept["fingerprint"] == fingerprint else None
-    except Exception:    # absent, cut short, or not ours: decode again
-        images = None
-    if images is None:
-        images = torch.empty(len(paths), image_size, image_size, 3, dtype=torch.uint8)
-        for index, path in enumerate(paths):
-            picture = open_picture(path)
-            if picture.size != (image_size, image_size):
-                picture = resize(picture, [image_size, image_size])
-            images[index] = pil_to_tensor(picture).permute(1, 2, 0)
+        with Image.open(path) as file:
+            if file.mode[0] in "IF":    # convert would make it white
+                raise UserError("it has more than 8 bits per channel, convert it to 8")
+            picture = ImageOps.exif_transpose(file)
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            return picture.convert("RGB")
+    except Exception as error:    # each format of image fails in its own way
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot decode {path} ({reason}); repair or remove it") from None
+
+
+def read_square(path: str, size: int) -> Tensor:
+    """A picture squeezed to (size, size, 3) uint8."""
+    picture = decode(path)
+    if picture.size != (size, size):
+        picture = v2.functional.resize(picture, [size, size])
+    return v2.functional.pil_to_tensor(picture).permute(1, 2, 0)
+
+
+def read_squares(paths: Sequence[str], size: int, threads: int) -> Tensor:
+    """All pictures in memory, (N, size, size, 3) uint8."""
+    images = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
+    with ThreadPoolExecutor(max(1, threads)) as pool:       # PIL decodes without Python's lock
+        for index, image in enumerate(pool.map(partial(read_square, size=size), paths)):
+            images[index] = image
             done = index + 1
             if sys.stderr.isatty() and (done % 500 == 0 or done == len(paths)):
-                print(f"decoded {done} of {len(paths)} images", file=sys.stderr, flush=True,
+                print(f"decoded {done} of {len(paths)} images", file=sys.stderr,
                       end="\n" if done == len(paths) else "\r")
-        partial = cache.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            torch.save({"fingerprint": fingerprint, "images": images}, partial)
-            os.replace(partial, cache)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            print(f"note: the decoded images could not be kept in {cache} ({error}); "
-                  f"the next run decodes them again", file=sys.stderr)
-    parts = images.split([len(source) for source in sources.values()])
-    return {name: Split(part, torch.tensor(source.targets))
-            for (name, source), part in zip(sources.items(), parts)}
-
-
-def too_large(count: int, image_size: int, device: torch.device) -> str:
-    """Why so many images of a folder are to stay in their files; "" where they go into memory."""
-    if image_size >= 64:
-        return "images of 64 pixels or more stay in their files"
-    memory = math.inf
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device.type == "cuda":
-        memory = min(memory, torch.cuda.get_device_properties(device).total_memory)
-    needed = 12 * count * image_size ** 2       # padded and mirrored they are three times as large
-    if needed <= memory:
-        return ""
-    return f"in memory they would take {needed / 2 ** 30:.0f} of {memory / 2 ** 30:.0f} GiB"
+    return images
 
 
 def subset(split: Split, chosen: Tensor) -> Split:
@@ -1246,20 +1053,20 @@ def subset(split: Split, chosen: Tensor) -> Split:
 def balanced_order(labels: Tensor) -> Tensor:
     """A fixed random order in which the classes take turns: its first n are a fair sample."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    by_class, counts = labels[order].argsort(stable=True), labels.bincount()
-    first = (counts.cumsum(0) - counts)[labels[order[by_class]]]    # of its class, in by_class
-    turn = torch.empty_like(order).scatter_(0, by_class, torch.arange(len(order)) - first)
+    turn = torch.empty_like(order)
+    for label in labels.unique():
+        of_class = labels[order] == label
+        turn[of_class] = torch.arange(int(of_class.sum()))
     return order[turn.argsort(stable=True)]
 
 
-def colours(images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel, (3,), over batches (N, H, W, 3) of uint8."""
-    sums, count = 0, 0
-    for part in images:
-        sums = sums + torch.stack([part.reshape(-1, 3).double().pow(power).sum(0)
-                                   for power in (1, 2)])
-        count += part[..., 0].numel()
-    mean, square = sums / count
+def colours(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of each channel, (3,), of (N, H, W, 3) uint8."""
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for part in images.split(500):
+        pixels = part.reshape(-1, 3).double()
+        sums += torch.stack([pixels.sum(0), pixels.square().sum(0)])
+    mean, square = sums / images[..., 0].numel()
     return mean, (square - mean.square()).sqrt().clamp(min=1e-3)
 
 
@@ -1269,13 +1076,6 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)     # M_MMAP_MAX: none
         libc.mallopt(-1, -1)    # M_TRIM_THRESHOLD: never
-
-
-FOLDERS = "cinic10", "folder", "imagenet"
-
-
-def usual_size(dataset: str) -> int:
-    return {"imagenet": 224, "shapes": 16}.get(dataset, 32)
 
 
 def usual_workers() -> int:
@@ -1290,146 +1090,84 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
               ) -> tuple[Loader, Loader]:
     """The training loader and the loader of the split that accuracy is measured on.
 
-    dataset       cifar10, cifar100, cinic10, folder, shapes; imagenet: its folders train and val
+    dataset       one of DATASETS
     augment       random crop from 4 pixels of padding (at 32x32), black or `reflect`, and flip;
-                  of a FileLoader, for imagenet and large folders: random resized crop and flip
-    train_images  train on a fair sample of so many images; the same one whatever the seed
+                  of images in files: random resized crop and flip
+    train_images  train on a class-balanced sample of so many images, the same for every seed
     split         "test", or "val" for tuning: the data set's own validation split, or else a fixed
-                  tenth of the training images, which are then not trained on
-    workers       processes that decode; 0: this one
-    Colours are normalised over the training images; over a fair sample of 1000 where they stay in
-    files, and by the usual numbers of ImageNet.
-    A data set that is missing or broken raises UserError, which says what to do about it.
+                  tenth of the training images, which are then not trained on. Where there is no
+                  test split both measure "val"; settings["split"] says which it is
+    workers       processes that decode images in files, or threads that read them into memory
+    ImageNet, and folders from 64 pixels on, stay in their files. Normalised is by mean and std of
+    the training images, of a sample where they stay in files, and by the usual ones for ImageNet.
     """
     device, (rank, world) = torch.device(device), processes()
-    if device.type == "cpu":
-        keep_memory()
+    if dataset not in DATASETS:
+        raise UserError(f"unknown data set {dataset}; known are {', '.join(DATASETS)}")
+    size, workers = image_size or DATASETS[dataset], usual_workers() if workers is None else workers
+    if size != DATASETS[dataset] and dataset not in FOLDERS:
+        raise UserError(f"--image-size is for folders of images; those of {dataset} have "
+                        f"{DATASETS[dataset]} pixels")
     if world > 1 and (batch_size % world or batch_size < 2 * world):
         raise UserError(f"--batch-size {batch_size} is for all {world} processes together: make it "
                         f"{world} times the images of each, which are two or more")
-    data_dir, class_names = Path(data_dir), SHAPES
-    image_size = image_size or usual_size(dataset)
-    workers = usual_workers() if workers is None else workers
-    in_files = dataset == "imagenet"
-    if dataset not in FOLDERS and image_size != usual_size(dataset):
-        raise UserError(f"--image-size is for folders of images; those of {dataset} have "
-                        f"{usual_size(dataset)} pixels")
+    if device.type == "cpu":
+        keep_memory()
+    name, data_dir = dataset, Path(data_dir).expanduser()
+    in_files = dataset == "imagenet" or (dataset == "folder" and size >= 64)
     if dataset == "shapes":
+        class_names = SHAPES
         splits = {"train": draw_shapes(4000, seed=1), "val": draw_shapes(2000, seed=2),
                   "test": draw_shapes(2000, seed=3)}
-    elif dataset in ("cifar10", "cifar100"):
-        splits = {"train": in_turn(partial(read_cifar, dataset, data_dir, train=True))[0]}
-        splits["test"], class_names = in_turn(partial(read_cifar, dataset, data_dir, train=False))
     elif dataset in FOLDERS:
-        names = ("train", "val") if dataset == "imagenet" else ("train", "test", "val", "valid")
-        sources, class_names = list_folder(data_dir, names)
-        if dataset == "folder":
-            reason = too_large(sum(map(len, sources.values())), image_size, device)
-            in_files = bool(reason)
-            if in_files and rank == 0:
-                print(f"{data_dir}: {reason}, to be decoded each epoch (--workers {workers})")
-        if in_files:
-            splits = {name: Split(np.array([path for path, _ in source.samples], dtype=object),
-                                  torch.tensor(source.targets)) for name, source in sources.items()}
-        else:
-            splits = in_turn(partial(read_folder, data_dir, sources, image_size))
+        if dataset == "folder":     # known by its name, wherever it lies
+            name = os.path.basename(os.path.abspath(data_dir))
+        splits, class_names, line = list_folder(data_dir, FOLDERS[dataset])
+        if rank == 0:
+            print(f"{name}: {line}", flush=True)
     else:
-        raise UserError(f"unknown data set {dataset}; known are cifar10, cifar100, cinic10, "
-                         f"folder, imagenet and shapes")
-    train, measured = splits["train"], splits.get("test", splits.get("val"))
+        splits = {"train": read_cifar(dataset, data_dir, train=True)[0]}
+        splits["test"], class_names = read_cifar(dataset, data_dir, train=False)
+    if split == "test" and "test" not in splits:
+        split = "val"
+    if dataset in FOLDERS and not in_files:
+        for part in {"train", split} & splits.keys():
+            images = read_squares(splits[part].images, size, workers)
+            splits[part] = Split(images, splits[part].labels)
+    train = splits["train"]
     order = balanced_order(train.labels)
     # over the whole training split, so that a teacher and a student on fewer images agree
     if dataset == "imagenet":
         mean, std = 255 * torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     elif in_files:
-        sample = ([(path, None) for path in subset(train, part).images]
-                  for part in order[:1000].split(50))
-        mean, std = colours(decoded(sample, image_size, workers, pinned=False))
+        mean, std = colours(read_squares(subset(train, order[:1000]).images, size, workers))
     else:
-        mean, std = colours(train.images.split(5000))
-    if split == "val" and {"val", "test"} <= splits.keys():
-        measured = splits["val"]
-    elif split == "val":
+        mean, std = colours(train.images)
+    if split in splits:
+        measured = splits[split]
+    else:
         held_out = max(1, len(order) // 10)
         measured, order = subset(train, order[:held_out]), order[held_out:]
     if train_images is not None and train_images > len(order):
-        raise UserError(f"{train_images} training images asked for, {dataset} has {len(order)}")
+        raise UserError(f"{train_images} training images asked for, {name} has {len(order)}")
     train = subset(train, order[:train_images].sort().values)
-    if world > 1 and len(train.labels) < 2 * world:
+    if len(train.labels) < 2 * world:
         raise UserError(f"{len(train.labels)} training images are too few for {world} processes")
     shared = (class_names, mean.float(), std.float())
-    kind, own, measured_batch = ImageLoader, dict(reflect=reflect), 500 * world
+    kind, own, measured_batch = ImageLoader, {"reflect": reflect}, 500 * world
     if in_files:    # large images: as many at a time as in training
-        kind, own, measured_batch = FileLoader, dict(size=image_size, workers=workers), batch_size
-    train_loader = kind(train, *shared, batch_size, device, shuffle=True, augment=augment,
-                        seed=seed, **own)
-    train_loader.settings = {
-        "data": str(data_dir.resolve()) if dataset == "folder" else dataset, "split": split,
-        "image_size": train_loader.size, "train_images": train_images,
-        "images": [len(train.labels), len(measured.labels)], "classes": len(class_names)}
-    if in_files:
-        train_loader.settings["in_files"] = True
-    return train_loader, kind(measured, *shared, measured_batch, device, shuffle=False, **own)
-
-
-# ================================================================================================
-# Flags
-# ================================================================================================
-
-
-def limited(kind: type, low: float, high: float, *words: str) -> Callable:
-    """An argparse type: one of the words, or a number from low to high, so neither nan nor inf."""
-    def number(text: str) -> float | str:
-        if text not in words and not low <= kind(text) <= high:
-            raise ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return text if text in words else kind(text)
-    return number
-
-
-def add_data_flags(parser: ArgumentParser) -> None:
-    """The flags of load_data that no recipe gives."""
-    add = parser.add_argument
-    devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
-    add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "cinic10", "folder",
-        "imagenet", "shapes"], help="cinic10, folder, imagenet: folders of images; shapes: drawn")
-    add("--data-dir", type=Path, default="data", help="where the data set is")
-    add("--train-images", type=limited(int, 2, 1e9), help="so many, of every class alike")
-    chosen, _ = parser.parse_known_args()
-    add("--image-size", type=limited(int, 8, 1024), default=usual_size(chosen.dataset),
-        help="of folders, in pixels; from 64 on every epoch decodes them anew")
-    add("--workers", type=limited(int, 0, 1e3), default=usual_workers(),
-        help="processes that decode large images")
-    add("--split", default="test", choices=["test", "val"], help="val is for tuning")
-    add("--device", default=devices[0], choices=devices, help="where all is computed")
-
-
-# The entries that every recipe has: what --help says, smallest and largest value.
-RECIPE_FLAGS = {
-    "epochs": ("passes over the training images", 1, 1e5),
-    "batch_size": ("in images", 2, 1e5),
-    "lr": ("learning rate at the start", 1e-9, 1e3),
-    "momentum": ("of SGD", 0, 1),
-    "nesterov": ("Nesterov's form of the momentum", 0, 1),
-    "weight_decay": ("L2 penalty, in the gradient", 0, 1),
-    "milestones": ("parts of the epochs after which the learning rate drops", 0, 1),
-    "lr_decay": ("factor on the learning rate at each milestone", 0, 1),
-    "augment": ("crop and flip at random", 0, 1),
-    "reflect": ("crop from mirrored borders, not from black ones", 0, 1)}
-
-
-def flag_options(key: str, value: object) -> dict:
-    """What argparse is told of a recipe's entry: a switch, a list or a number, by its value."""
-    text, low, high = RECIPE_FLAGS.get(key, ("the method's own", 0, 1e9))
-    if isinstance(value, bool):
-        return dict(help=text, action=BooleanOptionalAction)
-    if isinstance(value, list):
-        return dict(help=text, type=limited(float, low, high), nargs="*")
-    return dict(help=text, type=limited(type(value), low, high))
-
-
-def has_bf16(device: str) -> bool:
-    """Whether autocast to bfloat16 pays: on GPUs that have it."""
-    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        kind, own, measured_batch = FileLoader, {"size": size, "workers": workers}, batch_size
+    loaders = (kind(train, *shared, batch_size, device, shuffle=True, augment=augment, seed=seed,
+                    **own),
+               kind(measured, *shared, measured_batch, device, shuffle=False, **own))
+    for loader in loaders:
+        loader.settings = {
+            "data": name, "split": split, "image_size": size,
+            "images": [len(train.labels), len(measured.labels)], "class_names": class_names,
+            "mean": [round(value, 3) for value in loader.mean],
+            "std": [round(value, 3) for value in loader.std]}
+        loader.settings |= {"in_files": True} if in_files else {}
+    return loaders
 
 
 if __name__ == "__main__":

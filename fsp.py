@@ -12,14 +12,14 @@ matrices, with no labels; stage 2 starts from these weights and is ordinary trai
     stage 1 minimises L_FSP,   stage 2 minimises CE(softmax(z), y)
 
     symbol   here              shape              symbol     here          value
-    F1, F2   first, second     (N, m|n, h, w)     lambda_i   fsp_weight    see departure 2
+    F1, F2   first, second     (N, m|n, h, w)     lambda_i   fsp_weight    1 (see departure 2)
     G        fsp_matrix()      (N, m, n)          N          batch_size    128
 
 Run:
-    T=runs/shapes/baseline/wrn16_3/seed0/last.pt         the teacher of kd.py --dataset shapes
+    T=runs/shapes/shapes/baseline/wrn16_3/seed0/last.pt  the teacher of kd.py --dataset shapes
     python fsp.py --dataset shapes --epochs 11 --teacher-ckpt $T     4 + 11 epochs: 81.9 % (5 seeds)
     python fsp.py --teacher resnet26 --student resnet8   CIFAR-10, 54 + 164 epochs, a GPU
-    python tests/reproduce.py fsp-1                      Table 1, CIFAR-100: three students in a
+    python tests/tools/reproduce.py fsp-1                Table 1, CIFAR-100: three students in a
                                                          third of the iterations, their ensemble
 
 Departures from the papers and from known code:
@@ -27,9 +27,9 @@ Departures from the papers and from known code:
     brings each of the student's maps to the teacher's width; the script says so in a line. It is
     trained in stage 1 and dropped before stage 2, with its share of what was learnt.
  2. Eq. 2 sums over the entries of a matrix, and so does this file. All lambda_i are equal, which is
-    all the papers say: 1 here where the widths are equal; 0.001 where they differ, since the sum
-    over a WRN16-3's 48 to 192 channels diverges with 1, and on CIFAR-10 with 0.01, which is better
-    on shapes and the default there. Known code (RepDistiller, KD-Zoo) averages over the entries.
+    all the papers say: 1 here where the widths are equal. Where they differ, --connected-weight
+    0.001: the sum over a WRN16-3's 48 to 192 channels diverges with 1, and on CIFAR-10 with 0.01,
+    which is better on shapes. Known code (RepDistiller, KD-Zoo) averages over the entries.
  3. "Three sections" is all that is said of the layers. F1 is the output of a section's first block
     here, F2 of its last. A section of one block has no other first map than the one inside the
     block (ResNet, WRN) or what enters it (VGG). A larger F1 is max-pooled to F2's size, as in the
@@ -37,53 +37,52 @@ Departures from the papers and from known code:
  4. Recipes: 64,000, 32,000 and 21,000 iterations are 164, 82 and 54 epochs at a batch size of 128,
     which is ours, as is the flip beside the crop. Stage 1's 32,000 follow from Table 1's 95k - 63k,
     with the milestones known for 21,000 stretched; on CIFAR-10 it had 21,000, so --fsp-epochs 54
-    belongs to --recipe third there. A teacher trained here has the same --epochs and --recipe.
+    belongs to recipe cifar100-third there.
  5. Every student has a stage 1 of its own unless --shared-stage1, as in Table 1. The classifier is
     copied untrained; BatchNorm statistics follow stage 1.
  6. On shapes 4 + 11 epochs show the student as many images as the other scripts' 15 do. Recipe
-    folder is the other scripts' cifar10, with a quarter as many epochs for stage 1.
+    cifar10-jeon has the other scripts' training, with a quarter as many epochs for stage 1.
 """
+import argparse
+import hashlib
+import json
 import math
+import os
+import shlex
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter as HelpFormatter
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from common import (ImageLoader, UserError, add_data_flags, begin_run, check_pair, flag_options,
-                    full, has_bf16, join_processes, limited, load_data, load_weights, new_model,
-                    one_line, processes, read_log, read_run, share_statistics, summed,
-                    weights_hash, write_run)
+from common import DATASETS, UserError, check_pair, create_model, load_data, load_weights
 
 # Milestones are fractions of the epochs: the schedule keeps its shape when the run gets shorter.
 YIM = dict(batch_size=128, lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4, lr_decay=0.1,
            augment=True, reflect=False, fsp_lr=1e-3, fsp_milestones=[11 / 21, 16 / 21],
-           fsp_weight=None, shared_stage1=False)
+           fsp_weight=1.0, connected_weight=0.001, shared_stage1=False)
 RECIPES = {
-    # Yim et al. 2017, Section 4
-    "cifar10": dict(YIM, epochs=164, milestones=[32 / 64, 48 / 64], fsp_epochs=54),
-    "cifar100": dict(YIM, epochs=164, milestones=[32 / 64, 48 / 64], fsp_epochs=82),
-    # the rows of Table 1 with a star
-    "third": dict(YIM, epochs=54, milestones=[11 / 21, 16 / 21], fsp_epochs=82, shared_stage1=True),
-    # ours, found on the validation split
+    # Yim et al. 2017, Section 4; third: the rows of Table 1 with a star
+    "cifar10-yim": dict(YIM, epochs=164, milestones=[32 / 64, 48 / 64], fsp_epochs=54),
+    "cifar100-yim": dict(YIM, epochs=164, milestones=[32 / 64, 48 / 64], fsp_epochs=82),
+    "cifar100-third": dict(YIM, epochs=54, milestones=[11 / 21, 16 / 21], fsp_epochs=82,
+                           shared_stage1=True),
+    # the other scripts', so that they share teachers and baselines
+    "cifar10-jeon": dict(YIM, epochs=200, milestones=[40 / 200, 80 / 200, 120 / 200, 160 / 200],
+                         lr_decay=0.2, augment=False, fsp_epochs=50),
     "shapes": dict(YIM, epochs=15, batch_size=32, lr=0.05, weight_decay=5e-4, lr_decay=0.2,
-                   milestones=[0.6, 0.8, 0.95], fsp_epochs=4),
+                   milestones=[0.6, 0.8, 0.95], fsp_epochs=4, connected_weight=0.01),
 }
-# the other scripts' cifar10, so that they share their teachers
-RECIPES["folder"] = dict(YIM, epochs=200, milestones=[0.2, 0.4, 0.6, 0.8], lr_decay=0.2,
-                         augment=False, fsp_epochs=50)
-# What argparse is told of the method's own entries.
-OWN = {"fsp_epochs": dict(type=limited(int, 1, 1e5), help="of stage 1; --epochs are stage 2's"),
-       "fsp_lr": dict(type=limited(float, 1e-9, 1e3), help="learning rate of stage 1 at its start"),
-       "fsp_milestones": dict(type=limited(float, 0, 1), nargs="*", help="parts of --fsp-epochs"),
-       "fsp_weight": dict(type=limited(float, 0, 1e9), help="lambda_i; None: see departure 2"),
-       "shared_stage1": dict(action=BooleanOptionalAction, help="one, of --seed, for all --runs")}
+METHOD_FLAGS = {
+    "fsp_epochs": dict(help="of stage 1; --epochs are stage 2's"),
+    "fsp_lr": dict(help="learning rate of stage 1 at its start"),
+    "fsp_milestones": dict(help="fractions of --fsp-epochs"),
+    "fsp_weight": dict(help="lambda_i where the widths are equal"),
+    "connected_weight": dict(help="lambda_i where they differ (departure 2)"),
+    "shared_stage1": dict(help="one stage 1, seed 0's, for all --runs")}
 
 
 def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
@@ -94,7 +93,7 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
     if first.shape[-2:] != second.shape[-2:]:
         size = min(first.shape[-2:], second.shape[-2:])
         first, second = (F.adaptive_max_pool2d(x, size) for x in (first, second))
-    first, second = full(first).flatten(2), full(second).flatten(2)
+    first, second = to_float32(first).flatten(2), to_float32(second).flatten(2)
     with torch.autocast(first.device.type, enabled=False):      # a sum over many pixels
         return first @ second.mT / first.shape[2]
 
@@ -107,8 +106,8 @@ def fsp_loss(student_pairs: list[tuple], teacher_pairs: list[tuple]) -> Tensor:
     of pairs or the widths differ.
     """
     loss = 0
-    for ours, theirs in zip(student_pairs, teacher_pairs, strict=True):
-        student, teacher = fsp_matrix(*ours), fsp_matrix(*theirs).detach()
+    for of_student, of_teacher in zip(student_pairs, teacher_pairs, strict=True):
+        student, teacher = fsp_matrix(*of_student), fsp_matrix(*of_teacher).detach()
         if student.shape != teacher.shape:
             raise ValueError(f"FSP matrices of {tuple(student.shape[1:])} and "
                              f"{tuple(teacher.shape[1:])} channels: connect the student's maps")
@@ -116,250 +115,370 @@ def fsp_loss(student_pairs: list[tuple], teacher_pairs: list[tuple]) -> Tensor:
     return loss
 
 
-def connect(student: nn.Module, teacher: nn.Module, args: Namespace, images: Tensor) -> None:
-    """Where the widths differ, give the student 1x1 convolutions (departure 1); choose lambda_i."""
+class Connected(nn.Module):
+    """The student of stage 1: 1x1 convolutions bring its maps to the teacher's widths."""
+    def __init__(self, student: nn.Module, student_widths: list[int], teacher_widths: list[int]):
+        super().__init__()
+        self.student, self.connectors = student, nn.ModuleList()
+        for width, wanted in zip(student_widths, teacher_widths):
+            same = width == wanted
+            r = nn.Identity() if same else nn.Conv2d(width, wanted, 1, bias=False)
+            self.connectors.append(r)
+
+    def forward(self, images: Tensor, taps: bool = False):
+        seen = self.student(images, taps=taps)
+        if not taps:
+            return seen
+        maps = [r(x) for r, x in zip(self.connectors, [*seen.entries, *seen.stages], strict=True)]
+        count = len(seen.stages)
+        return seen._replace(entries=maps[:count], stages=maps[count:])
+
+
+def losses(student, teacher, images, labels, args) -> tuple[Tensor, dict[str, Tensor]]:
+    """The student's logits, and the weighted L_FSP of stage 1; without a teacher, CE of stage 2."""
+    if teacher is None:
+        z = student(images)
+        return z, {"ce": F.cross_entropy(to_float32(z), labels)}
+    of_student = student(images, taps=True)
     with torch.no_grad():
-        taps = [network.eval()(images, taps=True) for network in (student, teacher)]
-    widths = [[x.shape[1] for x in (*maps.entries, *maps.stages)] for maps in taps]
-    if args.fsp_weight is None:     # departure 2
-        connected = 0.01 if args.dataset == "shapes" else 0.001
-        args.fsp_weight = 1.0 if widths[0] == widths[1] else connected
-    if widths[0] != widths[1]:
-        print(f"1x1 connectors on the student's maps in stage 1: {widths[0]} -> {widths[1]}")
-        student.connectors = nn.ModuleList()
-        for ours, theirs in zip(*widths):
-            same = ours == theirs
-            connector = nn.Identity() if same else nn.Conv2d(ours, theirs, 1, bias=False)
-            student.connectors.append(connector.to(images.device))
+        of_teacher = teacher(images, taps=True)
+    fsp = fsp_loss(list(zip(of_student.entries, of_student.stages)),
+                   list(zip(of_teacher.entries, of_teacher.stages)))
+    return of_student.logits, {"fsp": args.fsp_weight * fsp}
 
 
-def make_step(student: nn.Module, teacher: nn.Module | None, args: Namespace) -> Callable:
-    """step(images, labels) -> logits, weighted L_FSP of stage 1; without a teacher, CE."""
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        if teacher is None:
-            z = student(images)
-            return z, {"ce": F.cross_entropy(full(z), labels)}
-        ours = student(images, taps=True)
-        maps = [*ours.entries, *ours.stages]
-        if hasattr(student, "connectors"):
-            maps = [connector(x) for connector, x in zip(student.connectors, maps)]
-        with torch.no_grad():
-            theirs = teacher(images, taps=True)
-        count = len(ours.stages)
-        loss = fsp_loss(list(zip(maps[:count], maps[count:])),
-                        list(zip(theirs.entries, theirs.stages)))
-        return ours.logits, {"fsp": args.fsp_weight * loss}
-    return step
+def freeze_unused(model: nn.Module, teacher: nn.Module, size: int, args: argparse.Namespace):
+    """No gradient for what L_FSP does not depend on: several processes would wait for it."""
+    blank = torch.zeros(2, 3, size, size, device=args.device)
+    _, terms = losses(model.eval(), teacher, blank, None, args)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(terms["fsp"], parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.requires_grad_(gradient is not None)
 
 
-def first_stage(teacher: nn.Module, args: Namespace, loaders: tuple, seed: int) -> nn.Module:
-    """Stage 1: a student with the teacher's FSP matrices and an untrained classifier."""
-    student = new_model(args.student, loaders[0], seed)
-    images, labels = next(iter(loaders[1]))
-    connect(student, teacher, args, images[:2])
-    stage1 = Namespace(**{**vars(args), "epochs": args.fsp_epochs, "lr": args.fsp_lr,
-                          "milestones": args.fsp_milestones})
-    step = make_step(student, teacher, args)
-    freeze_rest(student, step, images, labels)
-    fit(student, step, loaders, stage1, f"fsp/stage1/{args.teacher}-{args.student}", seed)
-    if hasattr(student, "connectors"):
-        del student.connectors
-    return student.requires_grad_(True)
-
-
-def freeze_rest(student: nn.Module, step: Callable, images: Tensor, labels: Tensor) -> None:
-    """Keep what L_FSP does not depend on, the classifier, out of the training."""
-    _, terms = step(images[:2], labels[:2])
-    sum(terms.values()).backward()
-    for parameter in student.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
-
-
-# --- shared: command line ---
-def prepare(alike: str = "") -> tuple[Namespace, tuple[ImageLoader, ImageLoader]]:
-    """The command line, and the loaders; `alike`: what check_pair wants of the two networks."""
-    join_processes()
-    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, add_help=False,
-                            formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--teacher", default="wrn16_3", help="network")
-    add("--student", default="wrn16_1", help="network")
-    add_data_flags(parser)
-    add("--recipe", choices=RECIPES, help="gives the defaults below; None: the data set's")
-    add("--baseline", action="store_true", help="train the student with cross-entropy alone")
-    add("--teacher-ckpt", type=Path, help="None: the teacher's baseline run in --out")
-    add("--teacher-epochs", type=limited(int, 1, 1e5), help="stop early; not with --teacher-ckpt")
-    add("--distill-epochs", type=limited(int, 1, 1e5), help="then cross-entropy alone")
-    add("--seed", type=limited(int, 0, 1e9), default=0, help="of the first student")
-    add("--runs", type=limited(int, 1, 1e3), default=1, help="students, seed after seed")
-    add("--dry-run", action="store_true", help="two steps of each training, nothing is kept")
-    add("--compile", action="store_true", help="torch.compile the step of the training")
-    add("--bf16", action=BooleanOptionalAction, help="autocast; None: on GPUs that have it")
-    add("--out", type=Path, default="runs", help="the folder of all runs")
-    known, _ = parser.parse_known_args()
-    name = known.recipe or known.dataset
-    if name not in RECIPES:
-        parser.error(f"no recipe for {name} here: choose --recipe {' or '.join(RECIPES)}")
-    for key, value in RECIPES[name].items():
-        add("--" + key.replace("_", "-"), default=value, **OWN.get(key, flag_options(key, value)))
-    add("-h", "--help", action="help", help="show this")
-    args = parser.parse_args()
-    if max(args.teacher_epochs or 1, args.distill_epochs or 1) > args.epochs:
-        parser.error(f"--teacher-epochs and --distill-epochs: at most the {args.epochs} epochs")
-    args.autocast = has_bf16(args.device) if args.bf16 is None else args.bf16
-    check_pair(args.teacher, args.student, args.image_size, "" if args.baseline else alike)
-    names = ("augment", "seed", "reflect", "image_size", "train_images", "split", "workers")
-    return args, load_data(args.dataset, args.data_dir, args.batch_size, args.device,
-                           **{name: getattr(args, name) for name in names})
-# --- end shared ---
-
-
-# --- shared: training ---
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: ImageLoader, args: Namespace) -> float:
-    """Accuracy in per cent, in eval mode."""
-    model.eval()
-    right = torch.zeros(1, device=args.device)
-    with torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
-        for images, labels in loader:
-            right += (model(images).argmax(1) == labels).sum()
-    return 100 * summed(right).item() / len(loader.labels)
-
-
-def wrap_step(model: nn.Module, step: Callable, args: Namespace) -> Callable:
-    """The step, compiled with --compile; under torchrun with gradients averaged over processes."""
-    if args.compile:
-        mode = "reduce-overhead" if args.device == "cuda" else "default"
-        step = torch.compile(step, fullgraph=True, mode=mode)
-    if processes()[1] == 1:
-        return step
-    module = nn.Module()
-    module.model, module.forward = model.to(memory_format=torch.channels_last), step
-    return nn.parallel.DistributedDataParallel(module)
-
-
-def fit(model: nn.Module, step: Callable, loaders: tuple, args: Namespace, run: str, seed: int,
-        stop: int | None = None) -> list[dict]:
-    """Train `model` by SGD on the sum of the terms of step(images, labels); return the run's log.
-
-    A run kept in its folder goes on after its last epoch, to the same bits; `stop` ends it early.
-    """
-    train_loader, test_loader = loaders
-    rank, count = processes()
-    decisive = ["autocast", *(key for key in RECIPES["folder"] if key not in OWN)]
-    if not run.startswith("baseline/"):
-        decisive += [*OWN, "distill_epochs", "teacher_hash"]
-    settings = train_loader.settings | {key: getattr(args, key) for key in decisive}
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum,
-                                weight_decay=args.weight_decay,
-                                nesterov=args.nesterov and args.momentum > 0)
-    log = [dict(settings=settings, command=sys.argv, versions=f"{torch.__version__} {args.device}")]
-    folder = args.out / args.dataset / run / f"seed{seed}"
-    if (folder / "last.pt").exists() and not args.dry_run:
-        state = read_run(folder, settings, model)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        log = state["log"]
-    elif not args.dry_run:
-        begin_run(folder, Path(__file__))
-    steps = min(2, len(train_loader)) if args.dry_run else len(train_loader)
-    last = 1 if args.dry_run else stop or args.epochs
-    step = wrap_step(model, step, args)
-    for epoch in range(len(log), last + 1):     # the log's first entry is its header
-        torch.manual_seed((seed * 1_000_003 + epoch) * count + rank)    # for dropout
-        train_loader.set_epoch(epoch, seed)
-        drops = sum(epoch > max(1, round(part * args.epochs)) for part in args.milestones)
-        optimizer.param_groups[0]["lr"] = lr = args.lr * args.lr_decay ** drops
-        model.train()
-        sums, seen, start = 0, 0, time.perf_counter()
-        for index, (images, labels) in zip(range(1, steps + 1), train_loader):
-            optimizer.zero_grad()
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
-                logits, terms = step(images, labels)
-            sum(terms.values()).backward()
-            optimizer.step()
-            values = torch.stack([*terms.values(), (logits.argmax(1) == labels).float().mean()])
-            sums = sums + len(labels) * values.detach()
-            seen += count * len(labels)
-            if index % 50 == 1 or index == steps:       # only here the host waits for the device
-                *means, train = summed(sums / seen).tolist()
-                line = ", ".join(f"{name} {value:.4g}" for name, value in zip(terms, means))
-                if not math.isfinite(sum(means)):
-                    raise UserError(f"epoch {epoch}, step {index}: the loss is not finite ({line}):"
-                                    f" try a smaller learning rate or loss weight (see --help)")
-                if sys.stdout.isatty():
-                    print(f"epoch {epoch}, step {index}/{steps}: {line}  ", end="\r", flush=True)
-        speed = seen / (time.perf_counter() - start)
-        share_statistics(model)
-        log.append({"epoch": epoch, **dict(zip(terms, means)), "lr": lr, "train": 100 * train,
-                    "test": evaluate(model, test_loader, args), "images/s": speed,
-                    "seconds": time.perf_counter() - start})
-        print("  ".join(f"{key} {value:<6.5g}" for key, value in log[-1].items()), flush=True)
-        if not args.dry_run:
-            write_run(folder, {"model": model.state_dict(), "log": log,
-                               "optimizer": optimizer.state_dict()})
-    return log
-# --- end shared ---
-
-
-# --- shared: teacher and results ---
-def get_teacher(args: Namespace, loaders: tuple) -> nn.Module:
-    """The frozen teacher: --teacher-ckpt, or the baseline of its network, trained where absent."""
-    teacher = new_model(args.teacher, loaders[0], seed=0)
-    if args.teacher_ckpt:
-        load_weights(teacher, args.teacher_ckpt)
-    else:
-        early = f"-{args.teacher_epochs}" if args.teacher_epochs else ""
-        fit(teacher, make_step(teacher, None, args), loaders, args,
-            f"baseline/{args.teacher}{early}", seed=0, stop=args.teacher_epochs)
-    args.teacher_hash = weights_hash(teacher.eval().requires_grad_(False))
-    args.teacher_accuracy = evaluate(teacher, loaders[1], args)
-    print(f"teacher {args.teacher}: {args.split} accuracy {args.teacher_accuracy:.2f} %")
-    return teacher
-
-
-def report(args: Namespace, run: str, logs: list[list[dict]]) -> None:
-    """The last lines; the gain where the baseline's runs of the same settings are finished."""
-    tests, gains = [log[-1]["test"] for log in logs], []
-    for seed, log in enumerate(logs, args.seed):
-        base = read_log(args.out / args.dataset / f"baseline/{args.student}/seed{seed}")
-        if len(base) == len(log) and base[0]["settings"].items() <= log[0]["settings"].items():
-            gains.append(log[-1]["test"] - base[-1]["test"])
-    deviation = f" ± {stdev(tests):.2f}" if len(tests) > 1 else ""
-    print(f"{run}: {args.split} accuracy {mean(tests):.2f}{deviation} %, "
-          f"files in {args.out / args.dataset / run}")
-    if not args.baseline:
-        gain = f"{mean(gains):+.2f}" if len(gains) == len(logs) else "run --baseline in this --out"
-        print(f"teacher {args.teacher} {args.teacher_accuracy:.2f} %; gain on the baseline: {gain}")
-# --- end shared ---
+def first_stage(student, teacher, widths, loaders, args, run, seed):
+    """Stage 1: give the student the teacher's FSP matrices; its classifier stays untrained."""
+    stage1 = argparse.Namespace(**vars(args) | dict(epochs=args.fsp_epochs, lr=args.fsp_lr,
+                                                    milestones=args.fsp_milestones))
+    model = student
+    if widths[0] != widths[1]:      # departure 1
+        print(f"1x1 connectors on the student's maps in stage 1: {widths[1]} -> {widths[0]}")
+        model = Connected(student, widths[1], widths[0])
+        model.to(args.device, memory_format=torch.channels_last)
+        stage1.fsp_weight = args.connected_weight
+    freeze_unused(model, teacher, loaders[0].size, stage1)
+    train(model, teacher, loaders, stage1, f"{run}/stage1", seed)
+    student.requires_grad_(True)
 
 
 def main() -> None:
-    args, loaders = prepare("count")
+    args = parse_args()
     if args.distill_epochs:
-        raise UserError("--distill-epochs has no use here: stage 1 takes --fsp-epochs, stage 2 "
-                        "--epochs")
-    run = f"baseline/{args.student}" if args.baseline else f"fsp/{args.teacher}-{args.student}"
-    teacher = None if args.baseline else get_teacher(args, loaders)
+        raise UserError("--distill-epochs has no use here: --fsp-epochs are stage 1's")
+    if not args.baseline:
+        shapes = check_pair(args.teacher, args.student, args.image_size, ["entries", "stages"])
+        widths = [[x.shape[1] for x in (*taps.entries, *taps.stages)] for taps in shapes]
+    loaders = load_data(args.dataset, args.data_dir, args.batch_size, args.device, seed=args.seed,
+                        augment=args.augment, reflect=args.reflect, image_size=args.image_size,
+                        train_images=args.train_images, split=args.split, workers=args.workers)
+    teacher, run = None, f"baseline/{args.student}"
+    if not args.baseline:
+        teacher = get_teacher(loaders, args)
+        run = f"{Path(__file__).stem}/{args.teacher}-{args.student}"
     logs = []
     for seed in range(args.seed, args.seed + args.runs):
-        if teacher is None:
-            student = new_model(args.student, loaders[0], seed)
-        else:
-            student = first_stage(teacher, args, loaders, args.seed if args.shared_stage1 else seed)
-        logs.append(fit(student, make_step(student, None, args), loaders, args, run, seed))
-    if not args.dry_run:
-        report(args, run, logs)
+        first = 0 if args.shared_stage1 and not args.baseline else seed
+        student = build(args.student, first, loaders[0], args)
+        if teacher is not None:
+            first_stage(student, teacher, widths, loaders, args, run, first)
+        logs.append(train(student, None, loaders, args, run, seed))
+    report(logs, run, args)
 
 
-# --- shared: entry ---
+# --- shared: the run ---
+def to_float32(x: Tensor) -> Tensor:
+    """bfloat16 and float16 to float32, in which losses are computed; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# What decides every training, a baseline's too; a recipe's other entries are the method's own.
+TRAINING = ("epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "milestones",
+            "lr_decay", "augment", "reflect")
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags, and one for every entry of a recipe; under torchrun, join the others."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:        # the first process speaks for all, and its error ends this one
+        sys.stdout, parser.error = open(os.devnull, "w"), lambda message: time.sleep(10)
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--teacher", default="wrn16_3", help="network; python common.py lists them")
+    add("--student", default="wrn16_1", help="network")
+    add("--dataset", default="cifar10", choices=DATASETS, help="shapes: drawn; folder: your own")
+    add("--data-dir", type=Path, default="data", help="where the data set lies, or is put")
+    add("--train-images", type=int, help="number of training images, class-balanced; None: all")
+    add("--image-size", type=int, help="pixels, of folders")
+    add("--split", default="test", choices=["test", "val"], help="what is measured: tune on val")
+    add("--workers", type=int, help="processes that decode large images; None: the cores")
+    add("--recipe", choices=RECIPES, help="whose defaults stand below")
+    add("--baseline", action="store_true", help="train the student with cross-entropy alone")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--teacher-ckpt", type=Path, help="file; None: the teacher's baseline run in --out")
+    either("--teacher-epochs", type=int, help="stop the teacher's training after so many")
+    add("--distill-epochs", type=int, help="distil for so many, then cross-entropy alone")
+    add("--seed", type=int, default=0, help="of the first student")
+    add("--runs", type=int, default=1, help="number of students, seed after seed")
+    add("--device", default=[*gpus, "cpu"][0], choices=["cuda", *gpus, "mps", "cpu"], help=" ")
+    add("--bf16", action=switch, help="bfloat16 autocast; None: on GPUs that have it")
+    add("--graph", action=switch, default=True, help="record the step, on one GPU")
+    add("--compile", action="store_true", help="torch.compile the losses")
+    add("--out", type=Path, default="runs", help="folder of all runs")
+    for key, value in RECIPES["shapes"].items():        # all recipes have the same entries
+        flag = dict(action=switch) if isinstance(value, bool) else dict(type=type(value))
+        if isinstance(value, list):
+            flag = dict(type=float, nargs="*")
+        add("--" + key.replace("_", "-"), **flag | METHOD_FLAGS.get(key, {"help": "of the recipe"}))
+    known, _ = parser.parse_known_args([x for x in sys.argv[1:] if x not in ("-h", "--help")])
+    names = [name for name in RECIPES if known.dataset in (name.split("-")[0], "folder")]
+    if not known.recipe and not names:
+        parser.error(f"no recipe for {known.dataset}: choose --recipe {' or '.join(RECIPES)}")
+    recipe = known.recipe or names[0]
+    parser.set_defaults(recipe=recipe, image_size=DATASETS[known.dataset], **RECIPES[recipe])
+    args = parser.parse_args()
+    for key, value in vars(args).items():
+        low = int(type(value) is int and key not in ("seed", "workers", "fsp_epochs"))
+        high = 1 if key.endswith(("momentum", "milestones", "lr_decay", "kd_weight")) else 1e9
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, int | float) and not low <= x <= high:     # nan is neither
+                parser.error(f"--{key.replace('_', '-')} {x}: not from {low} to {high:g}")
+    if max(args.teacher_epochs or 1, args.distill_epochs or 1) > args.epochs:
+        parser.error("--teacher-epochs and --distill-epochs: at most --epochs")
+    args.rank, args.world, args.device_type = rank, world, args.device.split(":")[0]
+    if args.device_type == "cuda":
+        args.device += f":{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else ""
+        if args.device not in gpus:
+            parser.error(f"{args.device} is not here: start a process per GPU, or add --device cpu")
+        torch.cuda.set_device(args.device)
+    if args.bf16 is None:
+        args.bf16 = args.device_type == "cuda" and torch.cuda.is_bf16_supported(False)
+    if world > 1:
+        distributed.init_process_group(None if args.device_type == "cuda" else "gloo")
+    return args
+
+
+SOURCE = Path(__file__).read_text("utf-8")      # as it is when the process starts
+
+
+def build(name, seed, loader, args) -> nn.Module:
+    """The network as the seed makes it."""
+    torch.manual_seed(seed)
+    network = create_model(name, loader.num_classes)
+    network.name = name
+    return network.to(args.device, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def evaluate(model, loader, args) -> float:
+    """Accuracy in per cent, in eval mode."""
+    model.eval()
+    right = torch.zeros(1, device=args.device)
+    for images, labels in loader:
+        with torch.autocast(args.device_type, torch.bfloat16, enabled=args.bf16):
+            right += (model(images).argmax(1) == labels).sum()
+    if args.world > 1:
+        distributed.all_reduce(right)
+    return 100 * right.item() / len(loader.labels)
+
+
+def as_cuda_graph(step, args):
+    """The step, recorded once and replayed: its 400 kernels no longer wait for Python.
+
+    Four calls warm up, on a stream of their own, where smaller batches, an epoch's last, also run.
+    """
+    graph, side, warm, held = torch.cuda.CUDAGraph(), torch.cuda.Stream(), [], []
+
+    def replay(images, labels):
+        if len(labels) < args.batch_size or len(warm) < 4:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                warm.append(step(images, labels))
+            torch.cuda.current_stream().wait_stream(side)
+            return warm[-1]
+        if not held:
+            held.extend([images.clone(), labels.clone()])
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                held.append(step(*held))
+        held[0].copy_(images)
+        held[1].copy_(labels)
+        graph.replay()
+        return held[2]
+    return replay
+
+
+def read_run(folder) -> dict:
+    """What a run keeps in last.pt; {} where there is none."""
+    path = folder / "last.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+    except Exception as error:      # each kind of damage fails in its own way
+        raise UserError(f"{path} is damaged, remove it to train anew: {error}") from None
+
+
+def write_run(folder, model, optimizer, log, loader, args):
+    """last.pt, written aside and renamed: a kill leaves the old one whole. All processes wait."""
+    network = getattr(model, "student", model)      # without the method's connectors
+    if args.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+        with open(folder / "last.tmp", "wb") as file:
+            torch.save({"model": network.state_dict(), "whole": model.state_dict(), "log": log,
+                        "optimizer": optimizer.state_dict(), "script": SOURCE,
+                        "network": network.name, "class_names": loader.class_names,
+                        "mean": loader.mean, "std": loader.std, "image_size": loader.size}, file)
+        (folder / "last.tmp").replace(folder / "last.pt")
+    if args.world > 1:
+        distributed.barrier()
+
+
+def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
+    """Minimise the sum of losses() by SGD, on from the run's last epoch; its log, header first."""
+    folder = args.out / args.dataset / args.recipe / run / f"seed{seed}"
+    deciding = ["bf16", *TRAINING]
+    if not run.startswith("baseline/"):
+        args.script = hashlib.sha256(SOURCE.encode()).hexdigest()[:8]
+        deciding = ["bf16", *RECIPES[args.recipe], "distill_epochs", "teacher_hash", "script"]
+    settings = loaders[0].settings | {key: getattr(args, key) for key in deciding}
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum,
+                                nesterov=args.nesterov and args.momentum > 0,
+                                weight_decay=args.weight_decay, fused=args.device_type == "cuda")
+    kept = read_run(folder)
+    if args.world > 1:      # all have read before the first one writes
+        distributed.barrier()
+    log = kept.get("log", [{"settings": settings, "command": sys.argv, "versions": []}])
+    old = log[0]["settings"]
+    for key in old | settings:
+        if old.get(key) != settings.get(key):
+            raise UserError(f"{folder} was begun with another {key} ({str(old.get(key))[:60]}, now "
+                            f"{str(settings.get(key))[:60]}): choose another --out")
+    versions = f"torch {torch.__version__}, {args.world} x {args.device}"
+    log[0]["versions"] += [versions] if versions not in log[0]["versions"] else []
+    if kept:
+        model.load_state_dict(kept["whole"])
+        optimizer.load_state_dict(kept["optimizer"])
+        if len(log) > args.epochs and until is None:
+            print(f"{folder} is finished: no epoch is left to train")
+    else:       # the settings are on the disk before the first epoch
+        write_run(folder, model, optimizer, log, loaders[0], args)
+    compiled = torch.compile(losses) if args.compile else losses
+    student = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
+    names = []
+
+    def step(images, labels):
+        """One step of SGD; the values of the terms, and the accuracy in per cent."""
+        optimizer.zero_grad()
+        with torch.autocast(args.device_type, torch.bfloat16, enabled=args.bf16):
+            logits, terms = compiled(student, teacher, images, labels, args)
+        sum(terms.values()).backward()
+        optimizer.step()
+        names[:] = [*terms, "train"]
+        accuracy = 100 * (logits.argmax(1) == labels).float().mean()
+        return torch.stack([*terms.values(), accuracy]).detach()
+
+    last, lr = until or args.epochs, None
+    for epoch in range(len(log), last + 1):     # the log begins with its header
+        start, sums, seen = time.perf_counter(), 0, 0
+        torch.manual_seed((seed * 1_000_003 + epoch) * args.world + args.rank)      # for dropout
+        loaders[0].set_epoch(epoch, seed)
+        drops = sum(epoch > max(1, round(part * args.epochs)) for part in args.milestones)
+        if lr != args.lr * args.lr_decay ** drops:
+            lr = optimizer.param_groups[0]["lr"] = args.lr * args.lr_decay ** drops
+            graphed = args.graph and args.device_type == "cuda" and args.world == 1
+            update = as_cuda_graph(step, args) if graphed else step     # the graph holds the rate
+        student.train()
+        for index, (images, labels) in enumerate(loaders[0], 1):
+            sums = sums + len(labels) * update(images, labels)
+            seen += len(labels)
+            if index % 50 == 0 and sys.stdout.isatty():
+                print(f"epoch {epoch}: step {index} of {len(loaders[0])}", end="\r", flush=True)
+        if args.world > 1:      # everybody's sums, and the first one's BatchNorm statistics
+            distributed.all_reduce(sums)
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, 0)
+        means = dict(zip(names, (sums / (seen * args.world)).tolist()))
+        if not math.isfinite(sum(means.values())):
+            raise UserError(f"epoch {epoch}: {means}: not finite; try a smaller --lr or weight")
+        speed = seen * args.world / (time.perf_counter() - start)       # without the evaluation
+        log.append({"epoch": epoch, **means, "lr": lr, "test": evaluate(model, loaders[1], args),
+                    "images/s": speed, "seconds": time.perf_counter() - start})
+        print("  ".join(f"{key} {value:<6.5g}" for key, value in log[-1].items()),
+              f" {(last - epoch) * log[-1]['seconds'] / 60:.1f} min left", flush=True)
+        write_run(folder, model, optimizer, log, loaders[0], args)
+    return log
+
+
+def get_teacher(loaders, args) -> nn.Module:
+    """The frozen teacher: --teacher-ckpt, or the baseline of its network, trained where absent."""
+    teacher = build(args.teacher, 0, loaders[0], args)
+    run = f"baseline/{args.teacher}" + (f"-{args.teacher_epochs}" if args.teacher_epochs else "")
+    path = args.teacher_ckpt or args.out / args.dataset / args.recipe / run / "seed0/last.pt"
+    log = [] if args.teacher_ckpt else read_run(path.parent).get("log", [])
+    finished = log and len(log) > (args.teacher_epochs or log[0]["settings"]["epochs"])
+    if not args.teacher_ckpt and not finished:
+        # by the recipe; of the typed flags only --epochs and what the loader takes are for both
+        typed = {key: getattr(args, key) for key in ("epochs", "batch_size", "augment", "reflect")}
+        plain = argparse.Namespace(**vars(args) | RECIPES[args.recipe] | typed)
+        train(teacher, None, loaders, plain, run, 0, args.teacher_epochs)
+    kept = load_weights(teacher, path)
+    log = kept["log"] if "script" in kept else []
+    for key in ("class_names", "split") if log else ():
+        if log[0]["settings"][key] != loaders[0].settings[key]:
+            raise UserError(f"{path} has learnt another {key}: {log[0]['settings'][key]}"[:200])
+    teacher.eval().requires_grad_(False)
+    weights = b"".join(x.cpu().numpy().tobytes() for x in teacher.state_dict().values())
+    args.teacher_hash = hashlib.sha256(weights).hexdigest()[:8]
+    args.teacher_path, args.teacher_accuracy = path, evaluate(teacher, loaders[1], args)
+    past = f"{path}, on pictures normalised by this data set's mean and std"
+    if log:
+        past = f"{len(log) - 1} epochs of {log[0]['settings']['images'][0]} images"
+    print(f"teacher {args.teacher}: {loaders[1].settings['split']} accuracy "
+          f"{args.teacher_accuracy:.2f} %, {past}")
+    if args.teacher_accuracy <= 100 / loaders[0].num_classes:
+        print("WARNING: this teacher is no better than chance")
+    return teacher
+
+
+def report(logs, run, args):
+    """The last lines; the gain over baselines of equal training, in --out or beside the teacher."""
+    place = args.out / args.dataset / args.recipe
+    tests, gains = [log[-1]["test"] for log in logs], {}
+    spread = f" ± {stdev(tests):.2f}" if len(tests) > 1 else ""
+    split = logs[0][0]["settings"]["split"]     # val where there is no test
+    print(f"{run}: {split} accuracy {mean(tests):.2f}{spread} %, files in {place / run}")
+    if not args.baseline:
+        for seed, log in enumerate(logs, args.seed):
+            for folder in (args.teacher_path.parent.parent.parent, place / "baseline"):
+                base = read_run(folder / args.student / f"seed{seed}").get("log", [])
+                mine = log[0]["settings"]
+                if len(base) == len(log) and mine | base[0]["settings"] == mine:
+                    gains[seed] = log[-1]["test"] - base[-1]["test"]
+        gain = f"{mean(gains.values()):+.2f}" if len(gains) == len(logs) else (
+            f"run: python {shlex.join(sys.argv)} --baseline")
+        print(f"teacher {args.teacher} {args.teacher_accuracy:.2f} %, gain over baseline: {gain}")
+    if args.world > 1:
+        distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     try:
         main()
-    except Exception as error:
-        sys.exit(one_line(error))
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        if int(os.environ.get("RANK", 0)) > 0:      # the first process says it, and ends this one
+            time.sleep(10)
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        print("\nstopped: every finished epoch is kept, and the same command goes on from there")
-        sys.exit(130)
+        sys.exit("stopped: finished epochs are kept, and the same command goes on from there")
 # --- end shared ---

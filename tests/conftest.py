@@ -2,85 +2,80 @@
 import functools
 import importlib
 import os
+import re
+import runpy
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
-from typing import Callable
 
 import pytest
 
-# one thread: with networks of this size two are hardly faster, and on busy cores much slower
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # as fast, with networks of this size
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")   # the bits are promised on the CPU
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "common"]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "tests", "tests/tools", "tests/course")]
 sys.dont_write_bytecode = True
 common = importlib.import_module("common")
 common.draw_shapes = functools.lru_cache(common.draw_shapes)    # the same pictures for every test
-bench = importlib.import_module("bench")
 
-# A whole experiment in a second or two.
-SMALL = ["--dataset", "shapes", "--train-images", "192", "--epochs", "2", "--teacher", "wrn10_1",
-         "--student", "resnet8", "--device", "cpu"]
+SMALL = ("--dataset shapes --train-images 192 --epochs 2 --teacher wrn10_1 --student resnet8 "
+         "--device cpu").split()        # a whole experiment in a second or two
 
 
 class Result:
+    """What a command left; `refused` and `mistyped` return its last line, or fail the test."""
     def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
+        self.code, self.out, self.err, self.all = code, out, err, f"exit {code}\n{out}\n{err}"
 
     def refused(self) -> str:
-        """The one line of a refusal; fails the test if this is none."""
-        assert self.code == 1, f"exit code {self.code}\n{self.out}\n{self.err}"
-        assert self.err.count("\n") == 1 and self.err.startswith("error: "), self.err
-        assert "Traceback" not in self.out + self.err
+        assert self.code == 1 and re.fullmatch("error: .+\n", self.err), self.all
         return self.err
 
     def mistyped(self) -> str:
-        """argparse's own last line about a wrong argument; fails the test if this is none."""
-        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
-        *usage, line = self.err.splitlines()
-        assert usage[0].startswith("usage: ") and ": error: " in line, self.err
-        return line
+        assert self.code == 2 and re.match("(?s)usage: .*: error: .+\n$", self.err), self.all
+        return self.err.splitlines()[-1]
 
 
-def fewer(draw: Callable) -> Callable:
+def fewer(draw):
     """draw_shapes, but with accuracies measured on 200 images, not on 2000, to spare time."""
     return lambda count, seed: draw(count if seed == 1 else 200, seed)
 
 
-def pair_in_float64(script: str, args: Namespace, loaders: tuple) -> tuple[nn.Module, nn.Module]:
-    """The student, with the connectors of its method, and the teacher."""
-    teacher = common.new_model(args.teacher, loaders[0], 0).eval().requires_grad_(False)
-    student = common.new_model(args.student, loaders[0], 1)
-    bench.connect(script, student, teacher, args, next(iter(loaders[1]))[0][:2])
+def pair_in_float64(script: str, args, loaders) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The student with the connectors of its method, and the teacher, as main() prepares them."""
+    module = importlib.import_module(script)
+    teacher = module.build(args.teacher, 0, loaders[0], args).eval().requires_grad_(False)
+    student = module.build(args.student, 1, loaders[0], args)
+    if script == "overhaul":
+        teacher = module.prepared(teacher, args)
+        student = module.Connected(student, teacher, args)
+    if script == "fsp":
+        taps = module.check_pair(args.teacher, args.student, args.image_size, ["entries", "stages"])
+        wanted, own = [[x.shape[1] for x in (*seen.entries, *seen.stages)] for seen in taps]
+        student = student if own == wanted else module.Connected(student, own, wanted)
     return student.double(), teacher.double()
 
 
 @pytest.fixture
 def cli(capsys, monkeypatch):
-    """cli("kd", "--epochs", "2", ...) -> Result: main() of a script or tool, in this process.
-
-    Its accuracies are those of `fewer` images.
-    """
+    """cli("kd", "--epochs", "2", ...) -> Result: main() of a script, a copy's Path or a tool."""
     monkeypatch.setattr(common, "draw_shapes", fewer(common.draw_shapes))
-
-    def call(script: str, *flags: object) -> Result:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+    def call(script: str | Path, *flags: object) -> Result:
+        monkeypatch.setattr(sys, "argv", [f"{Path(script).stem}.py", *map(str, flags)])
         capsys.readouterr()
-        code, last = 0, ""
+        main = (runpy.run_path(str(script))["main"] if isinstance(script, Path)
+                else importlib.import_module(script).main)
         try:
-            importlib.import_module(script).main()
-        except SystemExit as end:
-            code, last = (end.code, "") if isinstance(end.code, int) else (1, f"{end.code}\n")
-        except Exception as error:      # as the last lines of every script do
-            code, last = 1, common.one_line(error) + "\n"
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err + last)
+            end = main() or 0
+        except SystemExit as stop:
+            end = stop.code
+        except (common.UserError, OSError, torch.OutOfMemoryError) as error:    # a script's entry
+            end = f"error: {' '.join(str(error).split())}"
+        out, err = capsys.readouterr()
+        return Result(1, out, f"{err}{end}\n") if isinstance(end, str) else Result(end, out, err)
     return call
 
 
@@ -109,8 +104,7 @@ def equal_bits(first: object, second: object) -> bool:
     if isinstance(first, torch.Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(
-            equal_bits(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(equal_bits(first[k], second[k]) for k in first)
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(equal_bits, first, second))
     return first == second
@@ -119,10 +113,8 @@ def equal_bits(first: object, second: object) -> bool:
 def result_of(folder: Path) -> dict:
     """All of a finished run that must come out the same each time; times and paths left out."""
     kept = state(folder)
-    rows = [{key: value for key, value in row.items() if key not in ("images/s", "seconds")}
-            for row in kept["log"][1:]]
-    return {"model": kept["model"], "optimizer": kept["optimizer"], "log": rows,
-            "settings": kept["log"][0]["settings"]}
-
-
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")   # the bits are promised on the CPU
+    header, *rows = kept["log"]
+    for row in rows:
+        del row["images/s"], row["seconds"]
+    result = {"settings": header["settings"], "log": rows}
+    return result | {key: kept[key] for key in ("whole", "optimizer")}

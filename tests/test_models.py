@@ -1,16 +1,20 @@
-"""The networks: their sizes to the parameter, and what their taps show."""
-import functools
+"""The networks: their sizes to the parameter, what their taps show, and weights from files."""
+import copy
+import re
 import urllib.error
-from pathlib import Path
+from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import common
 from common import (
-    PAIRS, Taps, UserError, check_pair, create_model, load_data, load_weights, model_names,
-    new_model, print_networks, pyramidnet, shuffle, weights_hash)
+    MAKERS, Taps, UserError, check_pair, create_model, load_weights, model_names, print_networks,
+    pyramidnet, shuffle)
 
 COUNTS = {      # trainable parameters at 10 and at 100 classes, of the reference classes
     "wrn16_1": (175_066, 180_916), "wrn16_2": (691_674, 703_284),
@@ -31,10 +35,9 @@ COUNTS = {      # trainable parameters at 10 and at 100 classes, of the referenc
     "imagenet_resnet34": (21_289_802, 21_335_972), "imagenet_resnet50": (23_528_522, 23_712_932),
     "imagenet_resnet101": (42_520_650, 42_705_060), "imagenet_resnet152": (58_164_298, 58_348_708),
     "imagenet_mobilenet": (3_217_226, 3_309_476)}
-OF_1000 = {     # at ImageNet's 1000 classes: what the papers and torchvision say
-    "imagenet_resnet18": 11_689_512, "imagenet_resnet34": 21_797_672,
-    "imagenet_resnet50": 25_557_032, "imagenet_resnet101": 44_549_160,
-    "imagenet_resnet152": 60_192_808, "imagenet_mobilenet": 4_231_976}
+OF_1000 = dict(zip([name for name in COUNTS if name.startswith("imagenet_")], [
+    # at ImageNet's 1000 classes: what the papers and torchvision say
+    11_689_512, 21_797_672, 25_557_032, 44_549_160, 60_192_808, 4_231_976]))
 NAMES = ["wrn10_2", "wrn16_1", "wrn16_3", "resnet8", "resnet20", "resnet8x4", "resnet50",
          "mobilenetv2", "mobilenetv2_half", "vgg8", "vgg13", "shufflenetv1", "shufflenetv2",
          "pyramidnet110_84", "imagenet_resnet18", "imagenet_resnet50", "imagenet_mobilenet"]
@@ -42,17 +45,13 @@ NAMES = ["wrn10_2", "wrn16_1", "wrn16_3", "resnet8", "resnet20", "resnet8x4", "r
 SIZES = {"resnet50": [32, 16, 8, 4], "vgg8": [16, 8, 4, 4], "vgg13": [16, 8, 4, 4],
          "mobilenetv2_half": [16, 8, 4, 2], "shufflenetv1": [16, 8, 4], "shufflenetv2": [16, 8, 4]}
 SIZES |= {name: [8, 4, 2, 1] for name in OF_1000}
-# what the papers and their code distil, as (channels, pixels): Overhaul's positions in PyramidNet
-PRE_RELU = {"pyramidnet200_240": [(100, 32), (180, 16), (1024, 8)],
-            "pyramidnet110_84": [(44, 32), (72, 16), (100, 8)],
-            "wrn28_4": [(64, 32), (128, 16), (256, 8)], "resnet56": [(16, 32), (32, 16), (64, 8)],
-            "imagenet_mobilenet": [(128, 56), (256, 28), (512, 14), (1024, 7)]}
-PRE_RELU |= {name: [(256, 56), (512, 28), (1024, 14), (2048, 7)]
-             for name in ("imagenet_resnet50", "imagenet_resnet152")}
-# whose maps in front of the ReLU are a norm's output plus the shortcut
-SUMS = ("resnet", "shufflenetv1", "imagenet_resnet")
-# whose groups begin narrower than they end
-NARROWER = ("mobilenet", "vgg8", "pyramidnet")
+# where the overhaul's paper and code distil, channels x pixels
+PRE_RELU = {"pyramidnet200_240": "100x32 180x16 1024x8", "pyramidnet110_84": "44x32 72x16 100x8",
+            "wrn28_4": "64x32 128x16 256x8", "resnet56": "16x32 32x16 64x8",
+            "imagenet_mobilenet": "128x56 256x28 512x14 1024x7",
+            "imagenet_resnet50": "256x56 512x28 1024x14 2048x7",
+            "imagenet_resnet152": "256x56 512x28 1024x14 2048x7"}
+SUMS = ("resnet", "shufflenetv1", "imagenet_resnet")      # norm plus shortcut enters their ReLU
 
 
 def pixels(name: str, small: int) -> int:
@@ -60,191 +59,70 @@ def pixels(name: str, small: int) -> int:
     return 4 * small if name in OF_1000 else small
 
 
-def test_every_name_has_its_count():
+def test_parameter_counts_and_the_printed_table(capsys):
     assert set(model_names()) == set(COUNTS)
-
-
-@pytest.mark.parametrize("name", COUNTS)
-@pytest.mark.parametrize("index, classes", [(0, 10), (1, 100)])
-def test_parameter_count(name, index, classes):
-    with torch.device("meta"):
-        model = create_model(name, classes)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trainable == COUNTS[name][index]
-
-
-@pytest.mark.parametrize("name", OF_1000)
-def test_parameter_count_on_imagenet(name):
-    with torch.device("meta"):
-        model = create_model(name, 1000)
-    assert sum(p.numel() for p in model.parameters()) == OF_1000[name]
+    print_networks()
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    for name, (small, large) in COUNTS.items():
+        assert rows[name][:2] == [f"{small:,}", f"{large:,}"], name
+        assert name not in OF_1000 or rows[name][2] == f"{OF_1000[name]:,}"
+    assert rows["wrn16_3"][3:] == ["48x32", "96x16", "192x8"] * 3
+    assert rows["imagenet_resnet18"][3:] == ["64x56", "128x28", "256x14", "512x7"] * 3
+    for name, shown in PRE_RELU.items():
+        assert rows[name][-len(shown.split()):] == shown.split(), name
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [16, 32])
-def test_taps_have_the_groups_shapes(name, size):
-    model, size = create_model(name, 7).eval(), pixels(name, size)
-    taps = model(torch.randn(2, 3, size, size), taps=True)
-    sizes = [(side * size // 32,) * 2 for side in SIZES.get(name, [32, 16, 8])]
-    assert isinstance(taps, Taps) and taps.logits.shape == (2, 7)
-    assert [tuple(x.shape[-2:]) for x in taps.entries] == sizes
-    assert [tuple(x.shape[-2:]) for x in taps.stages] == sizes
-    assert [tuple(x.shape[-2:]) for x in taps.pre_relu] == sizes
-    assert [x.shape[1] for x in taps.stages] == model.stage_channels
-    assert [x.shape[1] for x in taps.pre_relu] == [n.num_features for n in model.pre_relu_norms]
-    if not name.startswith(NARROWER):
-        assert [x.shape[1] for x in taps.entries] == model.stage_channels
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_taps_do_not_change_the_logits(name):
-    model, x = create_model(name, 10).eval(), torch.randn(4, 3, 32, 32)
-    assert torch.equal(model(x), model(x, taps=True).logits)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_one_forward_pass_runs_each_norm_once(name):
-    model, size = create_model(name, 10).train(), pixels(name, 16)
-    model(torch.randn(4, 3, size, size), taps=True)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(m.num_batches_tracked.item() == 1 for m in norms)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_returned_maps_are_never_overwritten(name):
-    """Each tap still holds what its module gave: an in-place ReLU after it would show."""
-    model = create_model(name, 10).train()
-    seen = {}
+def test_what_the_taps_show(name):
+    """Each norm runs once; a map is what its module gave, which an in-place ReLU would change."""
+    model, side, outputs, kept = create_model(name, 7), pixels(name, 16), {}, {}
 
     def remember(module, inputs, output):
-        for tensor in output if isinstance(output, tuple) else (output,):
-            if isinstance(tensor, torch.Tensor):
-                seen[id(tensor)] = (tensor, tensor.detach().clone())
+        outputs[module] = output
+        for x in output if isinstance(output, tuple) else (output,):
+            kept[id(x)] = (x, None if x is None else x.detach().clone())
 
-    for module in model.modules():
-        module.register_forward_hook(remember)
-    size = pixels(name, 16)
-    taps = model(torch.randn(4, 3, size, size), taps=True)
-    maps = [*taps.entries, *taps.stages, *taps.pre_relu]
-    assert sum(id(tensor) in seen for tensor in maps) >= 4
-    for tensor in maps:
-        assert tensor._version == 0
-        assert id(tensor) not in seen or torch.equal(tensor, seen[id(tensor)][1])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_pre_relu_is_what_the_named_norm_feeds(name):
-    """The norm's own output, or in ResNets and ShuffleNetV1 that plus the shortcut."""
-    model = create_model(name, 10).eval()
-    outputs = {}
-    for norm in model.pre_relu_norms:
-        norm.register_forward_hook(lambda module, _, output: outputs.__setitem__(module, output))
-    taps = model(torch.randn(2, 3, 32, 32), taps=True)
-    for norm, tap, stage in zip(model.pre_relu_norms, taps.pre_relu, taps.stages):
-        if name.startswith(SUMS):
-            assert torch.equal(tap.relu(), stage) and not torch.equal(tap, outputs[norm])
-        else:
-            assert torch.equal(tap, outputs[norm])
-        assert (tap < 0).any(), "in front of the ReLU there are negative values"
-
-
-@pytest.mark.parametrize("name, blocks", [("wrn16_1", 2), ("resnet20", 3)])
-def test_stages_and_entries_are_the_blocks_outputs(name, blocks):
-    model = create_model(name, 10).eval()
-    outputs = {}
-    for group in model.groups:
-        assert len(group) == blocks
-        for block in group:
-            block.register_forward_hook(lambda m, _, output: outputs.__setitem__(m, output[0]))
-    taps = model(torch.randn(2, 3, 32, 32), taps=True)
+    hooks = [module.register_forward_hook(remember) for module in [*model.modules()][1:]]
+    images = torch.randn(4, 3, side, side)
+    taps = model.train()(images, taps=True)
+    for hook in hooks:
+        hook.remove()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and all(norm.num_batches_tracked.item() == 1 for norm in norms)
+    sizes = [(size * side // 32,) * 2 for size in SIZES.get(name, [32, 16, 8])]
+    for maps in taps[1:]:
+        assert [tuple(x.shape[-2:]) for x in maps] == sizes
+        assert all(x._version == 0 for x in maps)
+        assert all(torch.equal(*kept[id(x)]) for x in maps if id(x) in kept)
+    assert [x.shape[1] for x in taps.stages] == model.stage_channels
+    assert [x.shape[1] for x in taps.pre_relu] == model.pre_relu_channels
     for group, entry, stage in zip(model.groups, taps.entries, taps.stages):
-        assert torch.equal(entry, outputs[group[0]]) and torch.equal(stage, outputs[group[-1]])
+        assert entry is outputs[group[0]][0 if len(group) > 1 else 1]
+        if name == "mobilenetv2" and group is model.groups[-1]:
+            assert torch.equal(stage, F.relu6(taps.pre_relu[-1]))
+        else:
+            assert stage is outputs[group[-1]][0]
+    for norm, shown, stage in zip(model.pre_relu_norms, taps.pre_relu, taps.stages, strict=True):
+        # the norm's own output, or in ResNets and ShuffleNetV1 that plus the shortcut
+        assert (shown is outputs[norm]) != name.startswith(SUMS) and (shown < 0).any()
+        assert not name.startswith(SUMS) or torch.equal(shown.relu(), stage)
+    assert torch.equal(model.eval()(images), model(images, taps=True).logits)
 
 
-def test_wrn_shortcut_sees_the_activated_input():
-    model = create_model("wrn16_1", 10)
-    assert model.groups[0][0].shortcut is None          # 16 to 16 channels
-    block = model.groups[1][0].eval()
-    x = torch.randn(2, 16, 8, 8)
-    branch = block.conv2(block.norm2(block.conv1(block.norm1(x).relu())).relu())
-    assert torch.allclose(block(x)[0], branch + block.shortcut(block.norm1(x).relu()), atol=1e-6)
-
-
-def test_initialisation_is_he_fan_out():
+def test_wrn_shortcut_sees_the_activated_input_and_weights_are_he_fan_out():
     torch.manual_seed(0)
-    model = create_model("wrn16_8", 10)
+    model = create_model("wrn16_8", 10).eval()
+    block, x = model.groups[1][0], torch.randn(2, 128, 8, 8)
+    branch = block.conv2(block.norm2(block.conv1(block.norm1(x).relu())).relu())
+    assert torch.allclose(block(x)[0], branch + block.shortcut(block.norm1(x).relu()), atol=1e-5)
+    assert model.groups[1][1].shortcut is None          # as wide as before
     weight = model.groups[2][1].conv1.weight
     assert weight.std().item() == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.01)
     assert model.classifier.bias.abs().sum() == 0
 
 
-@pytest.mark.parametrize("name", PRE_RELU)
-def test_the_overhaul_papers_positions(name):
-    with torch.device("meta"), torch.no_grad():
-        size = 224 if name in OF_1000 else 32
-        taps = create_model(name, 100).eval()(torch.empty(1, 3, size, size), taps=True)
-    assert [tuple(x.shape[1:3]) for x in taps.pre_relu] == PRE_RELU[name]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_first_relu_after_a_group_sees_the_pre_relu_map(name, monkeypatch):
-    """Seen from the activations' side: what enters them, in the order of the pass."""
-    model = create_model(name, 10).eval()
-    entered = []
-
-    def note(activation):
-        return lambda x, **_: (entered.append(x), activation(x))[1]
-
-    for function in ("relu", "relu6"):
-        monkeypatch.setattr(torch.nn.functional, function,
-                            note(getattr(torch.nn.functional, function)))
-    for module in model.modules():
-        if callable(getattr(module, "activation", None)):
-            module.activation = note(module.activation)
-    taps = model(torch.randn(2, 3, 32, 32), taps=True)
-    order = [next((n for n, x in enumerate(entered) if x is tap), None) for tap in taps.pre_relu]
-    if name == "pyramidnet110_84":      # the paper's code taps the norm before the strided one
-        order = order[-1:]
-    assert None not in order and order == sorted(order) and len(set(order)) == len(order)
-
-
-@functools.cache
-def sizes_of(name: str) -> list[int]:
-    with torch.device("meta"), torch.no_grad():
-        taps = create_model(name, 10).eval()(torch.empty(1, 3, 32, 32), taps=True)
-    return [x.shape[2] for x in taps.stages]
-
-
-@pytest.mark.parametrize("pair", sorted({pair for pairs in PAIRS.values() for pair in pairs}))
-def test_the_papers_pairs_have_groups_that_pair(pair):
-    """FSP and AT want as many groups, ATang and Overhaul their own pairs of equal sizes too."""
-    sizes = [sizes_of(name) for name in pair]
-    assert len(sizes[0]) == len(sizes[1])
-    alike = [table for table, pairs in PAIRS.items() if pair in pairs
-             and table.startswith(("ATang", "FSP", "Overhaul"))]
-    assert sizes[0] == sizes[1] or not alike
-
-
-def test_the_printed_table(capsys):
-    print_networks()
-    lines = capsys.readouterr().out.splitlines()
-    for name, (small, large) in COUNTS.items():
-        line = next(line for line in lines if line.startswith(f"{name} "))
-        assert line.split()[1:3] == [f"{small:,}", f"{large:,}"]
-        assert name not in OF_1000 or line.split()[3] == f"{OF_1000[name]:,}"
-    row = next(line for line in lines if line.startswith("wrn16_3 "))
-    assert row.split()[4:] == ["48x32", "96x16", "192x8"] * 3
-    row = next(line for line in lines if line.startswith("imagenet_resnet18 "))
-    assert row.split()[4:] == ["64x56", "128x28", "256x14", "512x7"] * 3
-    assert any("resnet20 from mobilenetv2" in line for line in lines)
-
-
-def test_shuffle_interleaves():
-    x = torch.arange(6.0).view(1, 6, 1, 1)
-    assert shuffle(x, 3).flatten().tolist() == [0, 2, 4, 1, 3, 5]
-
-
-def test_pyramids_grow_by_alpha():
+def test_shuffle_interleaves_and_pyramids_grow_by_alpha():
+    assert shuffle(torch.arange(6).view(1, 6, 1, 1), 3).flatten().tolist() == [0, 2, 4, 1, 3, 5]
     model = create_model("pyramidnet110_84", 10)
     widths = [block.norms[-1].num_features for group in model.groups for block in group]
     assert widths == [round(16 + 84 * n / 54) for n in range(1, 55)] and widths[-1] == 100
@@ -252,149 +130,175 @@ def test_pyramids_grow_by_alpha():
     x = torch.randn(2, 44, 8, 8)
     out, _, shown = block(x)
     y = block.norms[2](block.convs[1](block.norms[1](block.convs[0](shown)).relu()))
-    shortcut = torch.nn.functional.avg_pool2d(x, 2)
+    shortcut = F.avg_pool2d(x, 2)
     assert torch.equal(shown, block.norms[0](x))
     assert torch.allclose(out[:, :44], y[:, :44] + shortcut, atol=1e-6)
     assert torch.equal(out[:, 44:], y[:, 44:]), "new channels have nothing added"
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2", "shufflenetv2", "pyramidnet"])
-def test_forward_compiles_as_one_graph(name):
-    """Those with unusual blocks; of the others the steps are compiled in test_compile.py."""
-    small = name == "pyramidnet"        # one of 20 layers, to spare time
-    model = pyramidnet(20, 12, False, 10) if small else create_model(name, 10)
-    model, x = model.eval(), torch.randn(2, 3, 16, 16)
+@pytest.mark.parametrize("make", [
+    lambda: create_model("mobilenetv2", 10), lambda: create_model("shufflenetv2", 10),
+    lambda: pyramidnet(20, 12, False, 10)])
+def test_forward_compiles_as_one_graph(make):
+    """Networks with unusual blocks; of the others the scripts' steps are compiled."""
+    model, x = make().eval(), torch.randn(2, 3, 16, 16)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        ours, theirs = compiled(x, taps=True), model(x, taps=True)
-    assert torch.equal(ours.logits, theirs.logits)
-    assert all(torch.equal(a, b) for a, b in zip(ours.stages, theirs.stages))
+        for first, second in zip(compiled(x, taps=True), model(x, taps=True)):
+            assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("name, says", [
     ("wrn17_3", "6n+4"), ("wrn16_0", "width"), ("wrn4_1", "6n+4"), ("resnet21", "6n+2"),
     ("resnet2", "6n+2"), ("imagenet_resnet19", "known are"), ("18", "known are"),
     ("vit", "wrn16_3"), ("", "resnet20"), ("wrn16_3 ", "known are")])
-def test_wrong_names_are_refused(name, says):
-    with pytest.raises(ValueError, match=says.replace("+", r"\+")):
+def test_wrong_names_are_refused_and_keywords_arrive(name, says):
+    with pytest.raises(UserError, match=re.escape(says)):
         create_model(name, 10)
-
-
-def test_keywords_reach_the_network():
-    assert create_model("mobilenetv2", 10).dropout.p == 0.2
-    assert create_model("mobilenetv2_half", 10).dropout.p == 0
-    assert create_model("mobilenetv2", 10, dropout=0.5).dropout.p == 0.5
+    rates = {"mobilenetv2": 0.2, "mobilenetv2_half": 0.0}
+    assert all(create_model(name, 10).dropout.p == rate for name, rate in rates.items())
+    assert create_model("mobilenetv2", 10, dropout=0.0).dropout.p == 0
     with pytest.raises(TypeError):
         create_model("wrn16_1", 10, droput=0.5)
 
 
-# --- weights in files, and pairs ----------------------------------------------------------------
-
-def test_weights_are_loaded_whole_or_not_at_all(tmp_path):
-    source, target = create_model("resnet8", 10), create_model("resnet8", 10)
-    weights = source.state_dict()
-    torch.save({"model": weights | {"connectors.0.weight": torch.ones(3)}}, tmp_path / "run.pt")
-    torch.save(weights, tmp_path / "plain.pt")
-    for name in ("run.pt", "plain.pt"):
-        target = create_model("resnet8", 10)
-        load_weights(target, tmp_path / name)
-        assert weights_hash(target) == weights_hash(source)
-    before = weights_hash(target)
-    stem = "stem.0.weight"
-    for wrong, says in (
-            ({**weights, "classifier.weight": torch.ones(7, 64)},
-             "its classifier.weight is (7, 64), not (10, 64)"),
-            ({key: x for key, x in weights.items() if key != stem}, f"its {stem} is missing, not"),
-            ({**weights, "more": torch.ones(1)}, "its more is (1,), not missing"),
-            ({**weights, stem: 5}, f"its {stem} is 5, not"), ({}, "is missing, not"),
-            ([1], "holds a list")):
-        torch.save(wrong, tmp_path / "wrong.pt")
-        with pytest.raises(UserError) as caught:
-            load_weights(target, tmp_path / "wrong.pt")
-        assert says in str(caught.value) and "wrong.pt" in str(caught.value)
-        assert weights_hash(target) == before
+# --- pairs, and weights in files ----------------------------------------------------------------
+@pytest.mark.parametrize("teacher, student, refused", [
+    ("wrn16_3", "wrn16_1", ""), ("vgg8", "resnet8", "count sizes"),
+    ("wrn10_1", "shufflenetv1", "sizes"), ("mobilenetv2", "resnet20", ""),
+    ("imagenet_resnet50", "imagenet_mobilenet", ""), ("resnet50", "imagenet_resnet18", "sizes")])
+def test_pairs(teacher, student, refused):
+    for kind, options in (("logits", {}), ("count", {"maps": ["stages"]}),
+                          ("sizes", {"maps": ["entries", "stages"], "sizes": True})):
+        if kind in refused:
+            with pytest.raises(UserError, match=f"group . of {teacher} has .*, of {student} .*"
+                               r"\((entries|stages), channels x height x width\)"):
+                check_pair(teacher, student, pixels(student, 32), **options)
+            continue
+        pair = check_pair(teacher, student, pixels(student, 32), **options)
+        for taps, name in zip(pair, (teacher, student)):
+            assert [x.shape[1] for x in taps.stages] == create_model(name, 10).stage_channels
+            assert taps.logits.is_meta and taps.logits.shape == (1, 10)
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_a_network_of_ones_own_shows_the_maps_it_has(monkeypatch, capsys):
+    class Plain(nn.Sequential):     # neither taps nor a classifier by that name
+        def __init__(self, num_classes):
+            super().__init__(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4 * 25 * 25, num_classes))
+
+    class Shown(Plain):
+        def forward(self, x, taps=False):
+            return Taps(super().forward(x), stages=[self[0](x)]) if taps else super().forward(x)
+
+    monkeypatch.setattr(common, "MAKERS", {"plain": Plain, "shown": Shown, "vgg8": MAKERS["vgg8"]})
+    monkeypatch.setattr(common, "model_names", lambda: ["plain", "shown"])
+    print_networks()
+    assert re.search(r"plain +25,782 .*\nshown +25,782 .* 4x25 *\n", capsys.readouterr().out)
+    teacher, student = check_pair("plain", "shown", 32)
+    assert teacher.stages == () and len(student.stages) == 1
+    assert check_pair("shown", "shown", 32, ["stages"], sizes=True)
+    for names, size, maps, says in (
+            (("resnet8", "plain"), 32, ["stages"], "plain has no maps to compare: its forward"),
+            (("shown", "shown"), 32, ["stages", "pre_relu"], "must return Taps with pre_relu"),
+            (("resnet8", "plain"), 64, [], "plain takes no images of 64 pixels ("),
+            (("resnet8", "vgg8"), 4, [], "vgg8 takes no images of 4 pixels"),
+            (("resnet8", "nothing"), 32, [], "unknown network nothing; known are plain")):
+        with pytest.raises(UserError, match=says.replace("(", r"\(")):
+            check_pair(*names, size, maps)
+
+
+SOURCE = create_model("resnet8", 10)
+
+
+def same(first, second):
+    return all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+
+
+def test_weights_as_people_have_them(tmp_path):
+    weights, more = SOURCE.state_dict(), {"epoch": 3, "args": Namespace(lr=0.1), "log": []}
+    kinds = [(weights, {})]
+    for key in ("model", "state_dict", "model_state_dict", "net"):
+        kinds.append(({key: weights} | more, more))
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        kinds.append(({prefix + key: x for key, x in weights.items()}, {}))
+    for content, rest in kinds:
+        torch.save(content, tmp_path / "weights.pt")
+        network = create_model("resnet8", 10)
+        assert not same(network, SOURCE)
+        assert load_weights(network, tmp_path / "weights.pt") == rest and same(network, SOURCE)
+
+
+STEM, LAST = "stem.0.weight", "classifier.weight"
+UNFIT = {       # a change of resnet8's weights, and what is said of it
+    "its classifier.weight is (7, 64), not (10, 64)": lambda w: w | {LAST: torch.ones(7, 64)},
+    "its module.classifier.weight is (7, 64), not (10, 64)":
+        lambda w: {f"module.{key}": x for key, x in (w | {LAST: torch.ones(7, 64)}).items()},
+    "it has no stem.0.weight": lambda w: {key: x for key, x in w.items() if key != STEM},
+    "its more is (1,), not unknown to": lambda w: {"model": w | {"more": torch.ones(1)}},
+    "its stem.0.weight is int, not (16, 3, 3, 3)": lambda w: w | {STEM: 5},
+    "its stem.0.weight is not finite (NaN or inf)": lambda w: w | {STEM: w[STEM] * torch.nan},
+    "it has no stem.0.weight, ": lambda w: {}, "holds a list, not": lambda w: [1],
+    "holds objects of Python beside tensors and numbers (torch.nn.modules.container.Sequential)":
+        lambda w: nn.Sequential(nn.Linear(2, 2)),
+    "and numbers (numpy._core.multiarray.scalar)": lambda w: {"net": w, "best": np.float64(1)},
+    "is a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+    "is a web page": b"\n<!DOCTYPE html>", "is a text, not a checkpoint; it begins with {": b"{}",
+    "is cut short, damaged": b"PK\x03\x04\0\0\x08", "is cut short, damaged or": b"",
+    "No such file or directory": None}
+
+
+@pytest.mark.parametrize("says", UNFIT)
+def test_unfit_weights_are_named_and_none_is_loaded(says, tmp_path, recwarn):
+    path, content, target = tmp_path / "wrong.pt", UNFIT[says], create_model("resnet8", 10)
+    if callable(content):
+        torch.save(content(SOURCE.state_dict()), path)
+    elif content is not None:
+        path.write_bytes(content)
+    before = copy.deepcopy(target)
+    with pytest.raises(UserError) as caught:
+        load_weights(target, path)
+    assert says.rstrip(", ") in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value) and not recwarn and same(target, before)
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
 def test_torchvisions_weights_give_torchvisions_outputs(depth, tmp_path):
     torch.manual_seed(depth)
     with torch.device("meta"):      # without the initialisation, which takes most of the time
-        theirs = getattr(torchvision.models, f"resnet{depth}")(num_classes=20).eval()
-        ours = create_model(f"imagenet_resnet{depth}", 20).eval()
-    ours, theirs = ours.to_empty(device="cpu"), theirs.to_empty(device="cpu")
-    weights = theirs.state_dict()
+        published = getattr(torchvision.models, f"resnet{depth}")(num_classes=20).eval()
+        network = create_model(f"imagenet_resnet{depth}", 20).eval()
+    network, weights = network.to_empty(device="cpu"), published.to_empty(device="cpu").state_dict()
     for key, x in weights.items():      # all unlike: none may stand for another
         if x.is_floating_point():
             x.uniform_(0.2, 0.5) if x.ndim == 1 else x.uniform_(-1, 1).div_(x[0].numel() ** 0.5)
     if depth == 34:     # as files of old have it
         weights = {key: x for key, x in weights.items() if not key.endswith("batches_tracked")}
     torch.save(weights, tmp_path / "published.pth")
-    load_weights(ours, tmp_path / "published.pth")
+    assert load_weights(network, tmp_path / "published.pth") == {}
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        logits = theirs(images)
-        assert torch.allclose(ours(images), logits, rtol=1e-5, atol=1e-5 * logits.abs().max())
+        logits = published(images)
+        assert torch.allclose(network(images), logits, rtol=1e-5, atol=1e-5 * logits.abs().max())
     assert logits.std() > 1e-3
-    if depth == 50:
-        with pytest.raises(UserError, match="is of another network"):
-            load_weights(create_model("imagenet_resnet18", 20), tmp_path / "published.pth")
+    with pytest.raises(UserError, match="its conv1.weight is|its layer1.0.conv1.weight is"):
+        load_weights(create_model("resnet20", 20), tmp_path / "published.pth")
 
 
 def test_published_weights_by_name(monkeypatch):
-    weights = torchvision.models.resnet18(num_classes=1000).state_dict()
-    name, asked = Path("ResNet18_Weights.IMAGENET1K_V1"), []
+    weights, asked = torchvision.models.resnet18(num_classes=1000).state_dict(), []
+    network, name = create_model("imagenet_resnet18", 1000), "ResNet18_Weights.IMAGENET1K_V1"
 
     def fetch(self, **options):
         asked.append(self.url)
+        if len(asked) > 1:
+            raise urllib.error.URLError("no route to host")
         return weights
 
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fetch)
-    network = create_model("imagenet_resnet18", 1000)
     load_weights(network, name)
     assert asked[0].startswith("https://download.pytorch.org/models/resnet18")
     assert torch.equal(network.classifier.weight, weights["fc.weight"])
-
-    def offline(self, **options):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", offline)
-    for wrong, says in ((name, "models/resnet18-"), (Path("ResNet18_Weights.NO"), "has no such"),
-                        (Path("None_Weights.DEFAULT"), "has no such"),
-                        (Path("ResNet18.pth"), "is missing")):
+    for wrong, says in ((name, "models/resnet18-"), ("ResNet18_Weights.NO", "has no such"),
+                        ("None_Weights.DEFAULT", "has no such"), ("ResNet18.pth", "No such file")):
         with pytest.raises(UserError, match=says):
             load_weights(network, wrong)
-
-
-def test_the_hash_sees_every_weight_and_statistic():
-    network = create_model("wrn10_1", 10)
-    first = weights_hash(network)
-    assert first == weights_hash(network) and len(first) == 64
-    for key, value in network.state_dict().items():
-        if value.is_floating_point():
-            kept = value.clone()
-            value.view(-1)[-1] += 1
-            assert weights_hash(network) != first, key
-            value.copy_(kept)
-    assert first == weights_hash(network)
-
-
-def test_a_seed_makes_one_network():
-    loader = load_data("shapes", "", 32, "cpu", augment=False, seed=0, train_images=100)[0]
-    hashes = [weights_hash(new_model("wrn10_1", loader, seed)) for seed in (0, 0, 1)]
-    assert hashes[0] == hashes[1] != hashes[2]
-    weight = new_model("wrn10_1", loader, 0).groups[1][0].conv1.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("teacher, student, refused", [
-    ("wrn16_3", "wrn16_1", ""), ("vgg8", "resnet8", "count sizes"),
-    ("wrn10_1", "shufflenetv1", "sizes"), ("resnet50", "mobilenetv2_half", "sizes"),
-    ("mobilenetv2", "resnet20", ""), ("imagenet_resnet152", "imagenet_mobilenet", ""),
-    ("resnet50", "imagenet_resnet18", "sizes")])
-def test_pairs(teacher, student, refused):
-    for alike in ("", "count", "sizes"):
-        if alike and alike in refused:
-            with pytest.raises(UserError, match=f"of {teacher} ends in .* of {student} in"):
-                check_pair(teacher, student, pixels(student, 32), alike)
-        else:
-            check_pair(teacher, student, pixels(student, 32), alike)

@@ -1,6 +1,7 @@
 """Every command and number of the README and of the docstrings: they parse, run, and are true."""
 import ast
 import importlib
+import itertools
 import re
 import shlex
 import statistics
@@ -8,18 +9,21 @@ import sys
 
 import pytest
 import reproduce
-from conftest import ROOT
+import torch
+from conftest import ROOT, SCRIPTS, SMALL
+from test_data import save
+
+from common import load_data
 
 README = (ROOT / "README.md").read_text()
-LABS = (ROOT / "tests/labs.md").read_text()
-RECORDS = ROOT / "tests/reference"
-METHODS = ["kd", "at", "atang", "fsp", "overhaul", "skd"]
+LABS = (ROOT / "tests/course/labs.md").read_text()
+RECORDS = ROOT / "tests/reference/runs.jsonl"
 COMMAND = r"python ((?:kd|at|atang|fsp|overhaul|skd)\.py[^`#\n|&]*)"
 
 
 def commands() -> list[str]:
-    texts = [README, LABS] + [ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text()))
-                        for name in METHODS]
+    texts = [README, LABS]
+    texts += [ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())) for name in SCRIPTS]
     found = []
     for text in texts:
         text = text.replace("\\\n", " ")
@@ -47,16 +51,19 @@ def test_command_parses(command, monkeypatch):
 
 def test_the_readme_names_what_there_is():
     assert len(commands()) > 12
-    for name in re.findall(r"`(\w+\.py)`", README) + re.findall(r"(tests/\w+\.py)", README):
+    for name in re.findall(r"`(\w+\.py)`", README) + re.findall(r"(tests/[\w/]+\.\w+)", README):
         assert name == "mine.py" or (ROOT / name).exists(), name
     texts = [(ROOT / f"{name}.py").read_text() for name in
-             [*METHODS, "common", "tests/reproduce", "tests/look"]]
-    entries = {key for name in METHODS for key in importlib.import_module(name).RECIPES["shapes"]}
+             ["kd", "tests/tools/reproduce", "tests/tools/look"]]
+    entries = {key for name in SCRIPTS for key in importlib.import_module(name).RECIPES["shapes"]}
     for flag in re.findall(r"`--(?:no-)?([a-z0-9-]+)", README):
-        assert flag == "help" or flag.replace("-", "_") in entries or any(
-            f'add("--{flag}"' in text or f'argument("--{flag}"' in text for text in texts), flag
-    for script, function in re.findall(r"\| `(\w+)\.py` \|.*\| `(\w+)`", README):
-        assert hasattr(importlib.import_module(script), function)
+        assert flag in ("help", "fix") or flag.replace("-", "_") in entries or any(
+            re.search(rf'\("--{flag}"', text) for text in texts), flag
+    for script, functions in re.findall(r"\| `(\w+)\.py` \|.*\| (`[\w`, ]+`) \|", README):
+        for function in re.findall(r"\w+", functions):
+            assert hasattr(importlib.import_module(script), function)
+    code = re.search(r"```python\n(def kd_loss.*?)```", README, re.S)[1]
+    assert code in (ROOT / "kd.py").read_text()
 
 
 def test_ci_calls_the_readmes_test_command():
@@ -65,12 +72,31 @@ def test_ci_calls_the_readmes_test_command():
     assert ".ci/run" in (ROOT / ".github/workflows/tests.yml").read_text()
 
 
-SHOWN = README + (RECORDS / "README.md").read_text()
+def test_a_student_is_used_as_the_readme_says(cli, tmp_path, capsys):
+    """The README's lines give a picture the logits that it had in the test loader."""
+    data = tmp_path / "pictures"
+    for split, label, red in itertools.product(("train", "test"), ("ant", "bee"), (9, 80, 170)):
+        save(data / split / label / f"{red}.png", (red, 250 * (label == "ant"), 99))
+    flags = ["--dataset", "folder", "--data-dir", data, "--image-size", 16, "--baseline"]
+    assert cli("kd", *SMALL, "--train-images", 6, *flags, "--out", tmp_path / "runs").code == 0
+    last, = (tmp_path / "runs").rglob("last.pt")
+    code = re.search(r"```python\n(import torch\n.*?)```", README, re.S)[1]
+    code = re.sub(r'"runs/\S+last.pt"', repr(str(last)), code)
+    code = code.replace('"picture.png"', repr(str(data / "test/ant/170.png")))
+    capsys.readouterr()
+    exec(code, space := {})
+    assert capsys.readouterr().out.strip() in ("ant", "bee")
+    _, loader = load_data("folder", data, 6, "cpu", augment=False, seed=0, image_size=16)
+    images, _ = next(iter(loader))
+    torch.testing.assert_close(space["logits"], space["student"](images)[:1])   # 170 before 80, 9
+
+
+SHOWN = README + (ROOT / "tests/reference/README.md").read_text()
 
 
 def driven() -> list[str]:
     """The tables that the README and the records' show, by the command beside each."""
-    found = re.findall(r"python tests/reproduce\.py ((?:[^\n]|(?<=\\)\n)*--runs[^\n]*)",
+    found = re.findall(r"python tests/tools/reproduce\.py ((?:[^\n]|(?<=\\)\n)*--runs[^\n]*)",
                        SHOWN.replace("\\\n", " "))
     return sorted({" ".join(line.split("#")[0].split("`")[0].split()) for line in found})
 
@@ -81,7 +107,7 @@ def test_the_readme_shows_tables():
 
 @pytest.mark.parametrize("command", driven())
 def test_a_table_of_the_readme_is_that_of_the_recorded_runs(command, cli):
-    """To the letter what the driver prints from the logs in tests/reference."""
+    """To the letter what the driver prints from the recorded runs."""
     done = cli("reproduce", *command.split(), "--show", "--out", RECORDS)
     table = "\n".join(line for line in done.out.splitlines() if line.startswith("|"))
     assert done.code == 0 and table.count("±") > 4, done.err
@@ -89,47 +115,39 @@ def test_a_table_of_the_readme_is_that_of_the_recorded_runs(command, cli):
 
 
 def test_the_gain_of_the_main_command_is_that_of_the_recorded_runs():
-    folder = RECORDS / "epochs-12/shapes"
-    alone, ours = ([reproduce.complete(folder / name / f"seed{seed}")[-1]["test"]
-                    for seed in range(5)] for name in ("baseline/wrn16_1", "atang/wrn16_3-wrn16_1"))
-    gains = [b - a for a, b in zip(alone, ours)]
+    folder = RECORDS / "epochs-12/shapes/shapes"
+    alone, taught = ([reproduce.complete(folder / name / f"seed{seed}")[-1]["test"]
+                      for seed in range(5)]
+                     for name in ("baseline/wrn16_1", "atang/wrn16_3-wrn16_1"))
+    gains = [b - a for a, b in zip(alone, taught)]
     error = statistics.stdev(gains) / 5 ** 0.5
     told = (f"gains {statistics.mean(gains):.2f} ± {error:.2f} points, "
             f"from {statistics.mean(alone):.2f} ± {statistics.stdev(alone):.2f} "
-            f"to {statistics.mean(ours):.2f} ± {statistics.stdev(ours):.2f};")
+            f"to {statistics.mean(taught):.2f} ± {statistics.stdev(taught):.2f};")
     assert told in " ".join(README.split())
 
 
 def test_the_recorded_runs_are_of_todays_recipes():
     """A recipe that changes makes a table another table."""
-    paths = [path for path in sorted(RECORDS.rglob("log.jsonl")) if "stage1" not in path.parts]
-    assert len(paths) > 40
-    for path in paths:
-        log = reproduce.complete(path.parent)
-        assert log and not reproduce.outdated(log), path
-        assert log[0]["settings"]["split"] == "test", path
-        assert not any(word.startswith("/") for word in log[0]["command"]), path
-
-
-def test_all_rows_see_equally_many_images():
-    """In `six`: an epoch of FSP's first stage counts as one of the others'."""
-    for path in sorted(RECORDS.rglob("fsp/wrn16_3-wrn16_1/seed0/log.jsonl")):
-        own = reproduce.complete(path.parent)[0]["settings"]
-        both = own["epochs"] + own["fsp_epochs"]
-        others = [reproduce.complete(other.parent)[0]["settings"]["epochs"] for other in
-                  RECORDS.rglob("kd/wrn16_3-wrn16_1/seed0/log.jsonl")
-                  if reproduce.complete(other.parent)[0]["settings"]["images"] == own["images"]]
-        assert both in others, path
+    runs = [run for run in reproduce.runs_below(RECORDS) if "stage1" not in run.parts]
+    assert len(runs) > 40
+    for run in runs:
+        log = reproduce.complete(run)
+        script, *words = log[0]["command"]
+        today = reproduce.parsed(script, (*words, "--recipe", run.parts[-4]))
+        assert not reproduce.changed(run, today), run
+        assert log[0]["settings"]["split"] == "test", run
+        assert not any(word.startswith("/") for word in log[0]["command"]), run
 
 
 def test_the_accuracies_in_the_docstrings_are_the_recorded_ones():
     """`84.1 % (5 seeds)` beside a command is the mean over the recorded seeds of the shapes."""
-    for name in METHODS:
+    for name in SCRIPTS:
         text = (ROOT / f"{name}.py").read_text().split('"""')[1]
         for line in re.findall(rf"python {name}\.py --dataset shapes.* \d\d\.\d %.*", text):
             method = "baseline/wrn16_1" if "--baseline" in line else f"{name}/wrn16_3-wrn16_1"
-            above = "epochs-11_fsp-epochs-4" if name == "fsp" else ""
-            logs = [reproduce.complete(folder) for folder in
-                    sorted((RECORDS / above / "shapes" / method).glob("seed*"))]
+            label = "epochs-11_fsp-epochs-4" if name == "fsp" else ""
+            logs = [reproduce.complete(RECORDS / label / "shapes/shapes" / method / f"seed{seed}")
+                    for seed in range(5)]
             value = statistics.mean(log[-1]["test"] for log in logs)
-            assert len(logs) == 5 and f"{value:.1f} %" in line, line
+            assert f"{value:.1f} %" in line, line
