@@ -39,6 +39,7 @@ Departures from the papers and from the first author's code:
 """
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -225,7 +226,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank > 0:        # the first process speaks for all, and its error ends this one
+    if rank > 0:        # the first process prints the error, then torchrun ends the sleeping ones
         sys.stdout, parser.error = open(os.devnull, "w"), lambda message: time.sleep(10)
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
@@ -239,13 +240,14 @@ def parse_args() -> argparse.Namespace:
     add("--workers", type=int, help="processes that decode large images; None: the cores")
     add("--recipe", choices=RECIPES, help="whose defaults stand below")
     add("--baseline", action="store_true", help="train the student with cross-entropy alone")
-    either = parser.add_mutually_exclusive_group().add_argument
+    either = parser.add_mutually_exclusive_group().add_argument         # not both
     either("--teacher-ckpt", type=Path, help="file; None: the teacher's baseline run in --out")
     either("--teacher-epochs", type=int, help="stop the teacher's training after so many")
     add("--distill-epochs", type=int, help="distil for so many, then cross-entropy alone")
     add("--seed", type=int, default=0, help="of the first student")
     add("--runs", type=int, default=1, help="number of students, seed after seed")
-    add("--device", default=[*gpus, "cpu"][0], choices=["cuda", *gpus, "mps", "cpu"], help=" ")
+    devices = ["cuda", *gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    add("--device", default=[*gpus, "cpu"][0], choices=devices, help="where all is computed")
     add("--bf16", action=switch, help="bfloat16 autocast; None: on GPUs that have it")
     add("--graph", action=switch, default=True, help="record the step, on one GPU")
     add("--compile", action="store_true", help="torch.compile the losses")
@@ -265,8 +267,10 @@ def parse_args() -> argparse.Namespace:
     for key, value in vars(args).items():
         low = int(type(value) is int and key not in ("seed", "workers", "fsp_epochs"))
         high = 1 if key.endswith(("momentum", "milestones", "lr_decay", "kd_weight")) else 1e9
+        if isinstance(value, Path):
+            setattr(args, key, value.expanduser())
         for x in value if isinstance(value, list) else [value]:
-            if isinstance(x, int | float) and not low <= x <= high:     # nan is neither
+            if isinstance(x, int | float) and not low <= x <= high:     # nan fails as well
                 parser.error(f"--{key.replace('_', '-')} {x}: not from {low} to {high:g}")
     if max(args.teacher_epochs or 1, args.distill_epochs or 1) > args.epochs:
         parser.error("--teacher-epochs and --distill-epochs: at most --epochs")
@@ -310,7 +314,7 @@ def evaluate(model, loader, args) -> float:
 def as_cuda_graph(step, args):
     """The step, recorded once and replayed: its 400 kernels no longer wait for Python.
 
-    Four calls warm up, on a stream of their own, where smaller batches, an epoch's last, also run.
+    The first four calls, and any smaller batch, run as written, on a side stream as torch asks.
     """
     graph, side, warm, held = torch.cuda.CUDAGraph(), torch.cuda.Stream(), [], []
 
@@ -343,24 +347,25 @@ def read_run(folder) -> dict:
 
 def write_run(folder, model, optimizer, log, loader, args):
     """last.pt, written aside and renamed: a kill leaves the old one whole. All processes wait."""
-    network = getattr(model, "student", model)      # without the method's connectors
+    network = getattr(model, "student", model)      # without the connectors of FSP, the overhaul
     if args.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-        with open(folder / "last.tmp", "wb") as file:
-            torch.save({"model": network.state_dict(), "whole": model.state_dict(), "log": log,
-                        "optimizer": optimizer.state_dict(), "script": SOURCE,
-                        "network": network.name, "class_names": loader.class_names,
-                        "mean": loader.mean, "std": loader.std, "image_size": loader.size}, file)
+        file = io.BytesIO()     # a disk that is full ends torch.save(path) in a traceback
+        torch.save({"model": network.state_dict(), "whole": model.state_dict(), "log": log,
+                    "optimizer": optimizer.state_dict(), "script": SOURCE, "network": network.name,
+                    "class_names": loader.class_names, "mean": loader.mean, "std": loader.std,
+                    "image_size": loader.size}, file)
+        (folder / "last.tmp").write_bytes(file.getvalue())
         (folder / "last.tmp").replace(folder / "last.pt")
     if args.world > 1:
         distributed.barrier()
 
 
 def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
-    """Minimise the sum of losses() by SGD, on from the run's last epoch; its log, header first."""
+    """Minimise the sum of losses() by SGD, from the run's last epoch to `until`; the run's log."""
     folder = args.out / args.dataset / args.recipe / run / f"seed{seed}"
-    deciding = ["bf16", *TRAINING]
+    deciding = ["bf16", *TRAINING]      # what must be equal for a run to go on
     if not run.startswith("baseline/"):
         args.script = hashlib.sha256(SOURCE.encode()).hexdigest()[:8]
         deciding = ["bf16", *RECIPES[args.recipe], "distill_epochs", "teacher_hash", "script"]
@@ -397,7 +402,7 @@ def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
             logits, terms = compiled(student, teacher, images, labels, args)
         sum(terms.values()).backward()
         optimizer.step()
-        names[:] = [*terms, "train"]
+        names[:] = [*terms, "train"]        # for the log: a graph returns numbers alone
         accuracy = 100 * (logits.argmax(1) == labels).float().mean()
         return torch.stack([*terms.values(), accuracy]).detach()
 
@@ -423,7 +428,8 @@ def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
                 distributed.broadcast(buffer, 0)
         means = dict(zip(names, (sums / (seen * args.world)).tolist()))
         if not math.isfinite(sum(means.values())):
-            raise UserError(f"epoch {epoch}: {means}: not finite; try a smaller --lr or weight")
+            raise UserError(f"epoch {epoch}: {means} is not finite: try a smaller --lr or weight, in "
+                            f"another --out")
         speed = seen * args.world / (time.perf_counter() - start)       # without the evaluation
         log.append({"epoch": epoch, **means, "lr": lr, "test": evaluate(model, loaders[1], args),
                     "images/s": speed, "seconds": time.perf_counter() - start})
@@ -486,6 +492,7 @@ def report(logs, run, args):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")        # whatever the terminal's characters
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError) as error:

@@ -66,7 +66,7 @@ def start(count: int, out: Path, script: str, *flags: str, stop=0, exact=True, m
     out.mkdir(exist_ok=True)
     args = count, get_free_port(), out, script, flags, stop, exact, most
     started = start_processes(train, args, count, False, True, "forkserver")    # as daemons
-    end = time.time() + 60
+    end = time.time() + 120
     while not started.join(1):
         assert time.time() < end, "they wait for each other"
 
@@ -148,17 +148,17 @@ def test_an_error_is_said_once_and_ends_the_run(flag, says, code, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_torchrun_killed_in_one_process(tmp_path):
     """The same command goes on, to the bits of a run that was left alone, and ends cleanly."""
-    flags = ["--train-images", "512", "--epochs", "8"]
+    flags = ["--train-images", "320", "--epochs", "6"]
     start(2, tmp_path / "one", "kd", *flags, "--baseline", exact=False, most=4000)
     process = torchrun(*flags, "--out", tmp_path / "runs")
     while not process.stdout.readline().startswith("epoch"):
         assert process.poll() is None, process.stderr.read()
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     os.kill(max(map(int, children.split())), signal.SIGKILL)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and "Signal 9" in said, said
-    assert 2 <= len(state(tmp_path / BASELINE)["log"]) < 9
+    assert len(state(tmp_path / BASELINE)["log"]) < 7
     process = torchrun(*flags, "--out", tmp_path / "runs")
-    out, said = process.communicate(timeout=60)
-    assert process.returncode == 0 and not said and out.count("epoch 8 ") == 1, said
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == 0 and not said and out.count("epoch 6 ") == 1, said
     assert equal_bits(result_of(tmp_path / BASELINE), result_of(tmp_path / "one" / BASELINE))

@@ -101,16 +101,12 @@ def driven() -> list[str]:
     return sorted({" ".join(line.split("#")[0].split("`")[0].split()) for line in found})
 
 
-def test_the_readme_shows_tables():
-    assert len(driven()) >= 2
-
-
 @pytest.mark.parametrize("command", driven())
 def test_a_table_of_the_readme_is_that_of_the_recorded_runs(command, cli):
     """To the letter what the driver prints from the recorded runs."""
     done = cli("reproduce", *command.split(), "--show", "--out", RECORDS)
     table = "\n".join(line for line in done.out.splitlines() if line.startswith("|"))
-    assert done.code == 0 and table.count("±") > 4, done.err
+    assert done.code == 0 and table.count("±") > 4 and len(driven()) > 1, done.err
     assert table in SHOWN
 
 

@@ -116,6 +116,8 @@ def test_refused_other_settings(cli, out):
             "--train-images 200": "images ([192, 200], now [200, 200])"}.items():
         line = cli("atang", *flags, *other.split()).refused()
         assert f"{student('atang')} was begun with another {says}" in line and "--out" in line
+    alone = "--student wrn10_1 --baseline --split val".split()
+    assert "split (test, now val)" in cli("kd", *flags, *alone).refused()
     changed = state(teacher.parent)
     changed["model"]["classifier.bias"] += 1
     torch.save(changed, teacher)

@@ -44,7 +44,7 @@ MOMENTS = {"before log.jsonl": (Path, "write_text"), "before last.tmp": (torch, 
 def test_killed_at_every_such_moment(cli, tmp_path, monkeypatch):
     assert cli("kd", *FLAGS, "--out", tmp_path / "whole").code == 0
     for moment, (owner, name, *last_deed) in MOMENTS.items():
-        for number in (1, 2, 3, 4, 5) if moment != "in a step" else (1, 3, 5, 6, 8, 10):
+        for number in (1, 2, 3, 4, 5) if moment != "in a step" else (1, 5, 8, 10):
             out = tmp_path / f"{moment} {number}"
             with monkeypatch.context() as patch, pytest.raises(Killed):
                 patch.setattr(owner, name, dying(getattr(owner, name), number, *last_deed))
@@ -101,7 +101,7 @@ def test_what_is_not_gone_on_with(cli, tmp_path, monkeypatch):
 
 def test_kill_9_and_ctrl_c(tmp_path, monkeypatch):
     """Of real processes, one after the other, the last time in the student's training."""
-    flags = [str(ROOT / "kd.py"), *SMALL, "--epochs", "6", "--out"]
+    flags = [str(ROOT / "kd.py"), *SMALL, "--epochs", "4", "--out"]
     for ending, line in [(signal.SIGKILL, "epoch"), (signal.SIGINT, "epoch"),
                          (signal.SIGKILL, "teacher")]:
         # Ctrl-C does not reach what is begun in a shell's background, unless it wants to

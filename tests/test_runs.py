@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SCRIPTS, SMALL, equal_bits, result_of, shell, state
+from conftest import ROOT, SCRIPTS, SMALL, equal_bits, result_of, state
 
 import common
 
@@ -228,13 +228,6 @@ def test_an_edited_script_is_not_the_one_that_a_run_was_begun_with(cli, out, tmp
     for script in (edited, *SCRIPTS):
         again = cli(script, *flags, "--baseline").out.splitlines()
         assert again[1:] == first[-1:] and "no epoch is left to train" in again[0]
-
-
-def test_a_script_and_common_run_anywhere(tmp_path):
-    for name in ("overhaul", "common"):
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    done = shell("overhaul", *SMALL, "--epochs=1", "--out", tmp_path, home=tmp_path, cwd="/")
-    assert done.code == 0 and done.out.count("epoch 1 ") == 2, done.err
 
 
 def test_pictures_in_folders(cli, tmp_path):

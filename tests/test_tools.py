@@ -397,22 +397,6 @@ def test_curves_scatter_and_sweep_from_the_recorded_logs_alone(cli, tmp_path):
     assert labels == ["kd", "baseline b", "baseline c", "at x", "at y"]
 
 
-def test_a_sheet_of_data(cli, tmp_path):
-    done = cli("look", "data", "--count", "2", "--out", tmp_path / "d.png")
-    assert done.code == 0 and Image.open(tmp_path / "d.png").size == (5 * 72, 10 * 88 + 40)
-    # one's own folder, a class of which has a single picture
-    for split in ("train", "test"):
-        for name in ("cat/1", "cat/2", "dog/1"):
-            (tmp_path / split / name).parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (20, 10), (200, 0, 0)).save(tmp_path / split / f"{name}.png")
-    command = ["data", "--dataset", "folder", "--data-dir", tmp_path, "--out", tmp_path / "f.png"]
-    assert cli("look", *command, "--count", "2", "--image-size", "16").code == 0
-    picture = Image.open(tmp_path / "f.png").convert("RGB")     # no second dog is there
-    assert [picture.getpixel(x) for x in ((36, 80), (108, 170))] == [(200, 0, 0), (255, 255, 255)]
-    assert "stay in their files" in cli("look", *command, "--image-size", "64").refused()
-    assert "not supported" in cli("look", "data", "--out", tmp_path / "x.jpeg2").refused()
-
-
 def test_wrong_input_of_look_is_one_line(cli, tmp_path):
     ours, name = SHAPES / "at/wrn16_3-wrn16_1", "kd/wrn16_3-wrn16_1"
     cifar = RECORDS / "epochs-15_cifar10-images/folder/cifar10-jeon" / name
