@@ -428,8 +428,8 @@ def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
                 distributed.broadcast(buffer, 0)
         means = dict(zip(names, (sums / (seen * args.world)).tolist()))
         if not math.isfinite(sum(means.values())):
-            raise UserError(f"epoch {epoch}: {means} is not finite: try a smaller --lr or weight, in "
-                            f"another --out")
+            raise UserError(f"epoch {epoch}: {means} is not finite: try a smaller --lr or weight "
+                            f"in another --out")
         speed = seen * args.world / (time.perf_counter() - start)       # without the evaluation
         log.append({"epoch": epoch, **means, "lr": lr, "test": evaluate(model, loaders[1], args),
                     "images/s": speed, "seconds": time.perf_counter() - start})

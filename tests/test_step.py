@@ -88,6 +88,20 @@ def test_every_epoch_of_every_seed_draws_its_own_dropout(cli, tmp_path, monkeypa
     assert len(seeds) == 12 and len(set(seeds[::3])) == 4
 
 
+def test_accuracy_is_measured_in_the_precision_of_training():
+    dtypes, (_, test) = [], common.load_data("shapes", "", 32, "cpu", augment=True, seed=0)
+
+    class Probe(torch.nn.Linear):
+        def forward(self, images):
+            dtypes.append(super().forward(images.flatten(1)).dtype)
+            return torch.zeros(len(images), 10)
+
+    for bf16 in (False, True):
+        kd.evaluate(Probe(768, 10), test, Namespace(device="cpu", device_type="cpu", bf16=bf16,
+                                                    world=1))
+    assert dtypes == [torch.float32] * 4 + [torch.bfloat16] * 4
+
+
 def test_the_live_line_is_for_terminals(cli, tmp_path, monkeypatch):
     flags = [*FEW, "--train-images", 120, "--batch-size", 2, "--epochs", 1, "--out"]
     assert cli("kd", *flags, tmp_path / "file").out.count("epoch") == 1
@@ -195,7 +209,7 @@ def test_what_is_recorded_when(cuda, cli, tmp_path, monkeypatch):
     assert cuda.graph.call_args.kwargs == {"capture_error_mode": "thread_local"}
     cuda.reset_mock()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(kd, "DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model: model)
     monkeypatch.setattr(kd, "distributed", MagicMock())
     assert cli("kd", *FEW, *SIX, "--out", tmp_path / "two").code == 0
     assert [name for name, *_ in cuda.mock_calls] == ["step"] * 18
