@@ -36,7 +36,7 @@ def dying(function, number: int, last_deed=lambda *args: None):
 
 MOMENTS = {"before log.jsonl": (Path, "write_text"), "before last.tmp": (torch, "save"),
            "in log.jsonl": (Path, "write_text", lambda path, text: path.write_bytes(b'{"set')),
-           "in last.tmp": (torch, "save", lambda content, file: file.write(b"PK")),
+           "in last.tmp": (Path, "write_bytes", lambda path, x: open(path, "wb").write(x[:9])),
            "before the rename": (Path, "replace"), "after it": (Path, "replace", Path.replace),
            "in a step": (common.ImageLoader, "normalise")}
 
@@ -44,7 +44,7 @@ MOMENTS = {"before log.jsonl": (Path, "write_text"), "before last.tmp": (torch, 
 def test_killed_at_every_such_moment(cli, tmp_path, monkeypatch):
     assert cli("kd", *FLAGS, "--out", tmp_path / "whole").code == 0
     for moment, (owner, name, *last_deed) in MOMENTS.items():
-        for number in (1, 2, 3, 4, 5) if moment != "in a step" else (1, 5, 8, 10):
+        for number in (1, 4, 5) if moment != "in a step" else (5, 8):
             out = tmp_path / f"{moment} {number}"
             with monkeypatch.context() as patch, pytest.raises(Killed):
                 patch.setattr(owner, name, dying(getattr(owner, name), number, *last_deed))
@@ -102,8 +102,7 @@ def test_what_is_not_gone_on_with(cli, tmp_path, monkeypatch):
 def test_kill_9_and_ctrl_c(tmp_path, monkeypatch):
     """Of real processes, one after the other, the last time in the student's training."""
     flags = [str(ROOT / "kd.py"), *SMALL, "--epochs", "4", "--out"]
-    for ending, line in [(signal.SIGKILL, "epoch"), (signal.SIGINT, "epoch"),
-                         (signal.SIGKILL, "teacher")]:
+    for ending, line in (signal.SIGINT, "epoch"), (signal.SIGKILL, "teacher"):
         # Ctrl-C does not reach what is begun in a shell's background, unless it wants to
         process = subprocess.Popen(
             [sys.executable, "-B", *flags, tmp_path / "killed"], text=True,

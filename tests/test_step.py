@@ -124,7 +124,7 @@ def teacher(tmp_path):
     return [*SMALL, "--teacher-ckpt", tmp_path / "teacher.pt"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["kd", "fsp", "overhaul"])
 def test_a_compiled_run_is_the_written_one(script, cli, teacher, tmp_path, monkeypatch):
     """To the bit, stopped and continued; not translated to C++, which takes minutes."""
     module, calls, graphs = importlib.import_module(script), iter(range(99)), []
