@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SMALL, equal_bits, result_of, state
+from conftest import ROOT, SMALL, equal_bits, result_of, state
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing import start_processes
