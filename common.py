@@ -420,8 +420,7 @@ class ShuffleBlockV2(nn.Module):
 
 
 def shufflenet(version: int, num_classes: int) -> Network:
-    """ShuffleNet (Zhang et al. 2018), or ShuffleNetV2 of size 1 (Ma et al. 2018), without strides
-    in the stem."""
+    """ShuffleNet (Zhang et al. 2018) or V2 of size 1 (Ma et al. 2018); no stride in the stem."""
     block = ShuffleBlockV1 if version == 1 else ShuffleBlockV2
     channels = [24, 240, 480, 960] if version == 1 else [24, 116, 232, 464]
     stem = nn.Sequential(nn.Conv2d(3, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
@@ -486,18 +485,22 @@ MAKERS = {
 def create_model(name: str, num_classes: int, **kw) -> nn.Module:
     """The network called `name`, freshly initialised; `kw` goes to its maker (dropout=0.0)."""
     if name in MAKERS:
-        return MAKERS[name](num_classes=num_classes, **kw)
-    if match := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
+        make = MAKERS[name]
+    elif match := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
         depth, width = int(match[1]), int(match[2])
         if depth < 10 or depth % 6 != 4 or width < 1:
             raise UserError(f"{name}: wrn has a depth of 6n+4 and a width from 1 on, as in wrn16_3")
-        return wide_resnet(depth, width, num_classes, **kw)
-    if match := re.fullmatch(r"resnet(\d{1,4})(x4)?", name):
+        make = partial(wide_resnet, depth, width)
+    elif match := re.fullmatch(r"resnet(\d{1,4})(x4)?", name):
         depth, channels = int(match[1]), [32, 64, 128, 256] if match[2] else [16, 16, 32, 64]
         if depth < 8 or depth % 6 != 2:
             raise UserError(f"{name}: resnet has a depth of 6n+2, as in resnet20 or resnet8x4")
-        return resnet(BasicBlock, [(depth - 2) // 6] * 3, channels, num_classes, **kw)
-    raise UserError(f"unknown network {name}; known are {', '.join(model_names())}")
+        make = partial(resnet, BasicBlock, [(depth - 2) // 6] * 3, channels)
+    else:
+        raise UserError(f"unknown network {name}; known are {', '.join(model_names())}")
+    network = make(num_classes=num_classes, **kw)
+    network.name = name
+    return network
 
 
 def model_names() -> list[str]:
@@ -573,10 +576,10 @@ def read_checkpoint(path: Path) -> dict:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:      # each kind of damage fails in its own way
-        raise UserError(f"{path} {what_is_wrong(path, str(error))}") from None
+        reason = f": {error.strerror}" if getattr(error, "filename", None) else (
+            " " + what_is_wrong(path, str(error)))
+        raise UserError(f"{path}{reason}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not the weights of a network")
     return state
@@ -605,8 +608,7 @@ def published_weights(name: str) -> dict:
     try:
         weights = get_weight(name)
     except (ValueError, KeyError):
-        raise UserError(f"{name}: torchvision has no such weights; known are those such as "
-                        f"ResNet34_Weights.IMAGENET1K_V1") from None
+        raise UserError(f"torchvision has no {name}; try ResNet34_Weights.IMAGENET1K_V1") from None
     try:
         return rank0_first(partial(weights.get_state_dict, progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
@@ -629,17 +631,19 @@ def own_names(keys: list[str]) -> list[str]:
     return ours
 
 
-def load_weights(network: nn.Module, path: str | Path) -> dict:
+def load_weights(network: nn.Module, path: str | Path, settings: dict | None = None) -> dict:
     """Load all weights of a network from a file, or raise UserError; return what else it holds.
 
     A file is a checkpoint of any of the scripts, a state_dict, or holds one under one of the usual
-    keys, also as saved from within DistributedDataParallel or torch.compile. Of torchvision's
-    ResNets the path may also be the name of published weights.
+    keys, also as saved from within DistributedDataParallel or torch.compile; or, of torchvision's
+    ResNets, the name of published weights. settings: a loader's, whose classes and split a script's
+    checkpoint must have learnt.
     """
-    if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not Path(path).exists():
+    path = Path(path).expanduser()
+    if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not path.exists():
         weights = published_weights(str(path))
     else:
-        weights = read_checkpoint(Path(path))
+        weights = read_checkpoint(path)
     rest = {}
     for key in ("model", "state_dict", "model_state_dict", "net"):
         if isinstance(weights.get(key), dict):
@@ -661,6 +665,9 @@ def load_weights(network: nn.Module, path: str | Path) -> dict:
         if name not in loaded and not name.endswith("num_batches_tracked"):
             raise UserError(f"{path} is of another network or number of classes: it has no {name}")
     network.load_state_dict(loaded, strict=False)
+    for key in ("class_names", "split") if settings and "script" in rest else ():
+        if (learnt := rest["log"][0]["settings"][key]) != settings[key]:
+            raise UserError(f"{path} has learnt another {key}: {str(learnt)[:100]}")
     return rest
 
 
@@ -1108,9 +1115,9 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     if size != DATASETS[dataset] and dataset not in FOLDERS:
         raise UserError(f"--image-size is for folders of images; those of {dataset} have "
                         f"{DATASETS[dataset]} pixels")
-    if world > 1 and (batch_size % world or batch_size < 2 * world):
-        raise UserError(f"--batch-size {batch_size} is for all {world} processes together: make it "
-                        f"{world} times the images of each, which are two or more")
+    if batch_size % world or batch_size < 2 * world:
+        raise UserError(f"--batch-size {batch_size}: BatchNorm needs two images or more in each of "
+                        f"{world} process{'es' * (world > 1)}, and all have equally many")
     if device.type == "cpu":
         keep_memory()
     name, data_dir = dataset, Path(data_dir).expanduser()
@@ -1128,8 +1135,7 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     else:
         splits = {"train": read_cifar(dataset, data_dir, train=True)[0]}
         splits["test"], class_names = read_cifar(dataset, data_dir, train=False)
-    if split == "test" and "test" not in splits:
-        split = "val"
+    split = split if "test" in splits else "val"
     if dataset in FOLDERS and not in_files:
         for part in {"train", split} & splits.keys():
             images = read_squares(splits[part].images, size, workers)

@@ -12,7 +12,7 @@ matrices, with no labels; stage 2 starts from these weights and is ordinary trai
     stage 1 minimises L_FSP,   stage 2 minimises CE(softmax(z), y)
 
     symbol   here              shape              symbol     here          value
-    F1, F2   first, second     (N, m|n, h, w)     lambda_i   fsp_weight    1 (see departure 2)
+    F1, F2   first, second     (N, m|n, h, w)     lambda_i   fsp_lambda    see departure 2
     G        fsp_matrix()      (N, m, n)          N          batch_size    128
 
 Run:
@@ -26,10 +26,10 @@ Departures from the papers and from known code:
  1. The paper's networks have equal widths. Where teacher's and student's differ, a 1x1 convolution
     brings each of the student's maps to the teacher's width; the script says so in a line. It is
     trained in stage 1 and dropped before stage 2, with its share of what was learnt.
- 2. Eq. 2 sums over the entries of a matrix, and so does this file. All lambda_i are equal, which is
-    all the papers say: 1 here where the widths are equal. Where they differ, --connected-weight
-    0.001: the sum over a WRN16-3's 48 to 192 channels diverges with 1, and on CIFAR-10 with 0.01,
-    which is better on shapes. Known code (RepDistiller, KD-Zoo) averages over the entries.
+ 2. Eq. 2 sums over a matrix's entries; known code (RepDistiller, KD-Zoo) averages. Of lambda_i the
+    papers say only that all are equal. A sum of fourth powers of features can have any size: with 1
+    a WRN16-1 diverges at once. So lambda_i is --fsp-weight divided by the teacher's own
+    sum_i ||G_i^T||^2, a mean over one batch, and the term is an error relative to the teacher.
  3. "Three sections" is all that is said of the layers. F1 is the output of a section's first block
     here, F2 of its last. A section of one block has no other first map than the one inside the
     block (ResNet, WRN) or what enters it (VGG). A larger F1 is max-pooled to F2's size, as in the
@@ -64,25 +64,26 @@ from common import DATASETS, UserError, check_pair, create_model, load_data, loa
 # Milestones are fractions of the epochs: the schedule keeps its shape when the run gets shorter.
 YIM = dict(batch_size=128, lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4, lr_decay=0.1,
            augment=True, reflect=False, fsp_lr=1e-3, fsp_milestones=[11 / 21, 16 / 21],
-           fsp_weight=1.0, connected_weight=0.001, shared_stage1=False)
+           fsp_weight=100.0, shared_stage1=False)
 RECIPES = {
     # Yim et al. 2017, Section 4; third: the rows of Table 1 with a star
     "cifar10-yim": dict(YIM, epochs=164, milestones=[32 / 64, 48 / 64], fsp_epochs=54),
     "cifar100-yim": dict(YIM, epochs=164, milestones=[32 / 64, 48 / 64], fsp_epochs=82),
     "cifar100-third": dict(YIM, epochs=54, milestones=[11 / 21, 16 / 21], fsp_epochs=82,
                            shared_stage1=True),
-    # the other scripts', so that they share teachers and baselines
+    # the other scripts', so that they share teachers and baselines; CRD has 30 epochs of stage 1
+    "cifar100-crd": dict(YIM, epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4, fsp_epochs=30,
+                         milestones=[150 / 240, 180 / 240, 210 / 240]),
     "cifar10-jeon": dict(YIM, epochs=200, milestones=[40 / 200, 80 / 200, 120 / 200, 160 / 200],
                          lr_decay=0.2, augment=False, fsp_epochs=50),
     "shapes": dict(YIM, epochs=15, batch_size=32, lr=0.05, weight_decay=5e-4, lr_decay=0.2,
-                   milestones=[0.6, 0.8, 0.95], fsp_epochs=4, connected_weight=0.01),
+                   milestones=[0.6, 0.8, 0.95], fsp_epochs=4),
 }
 METHOD_FLAGS = {
     "fsp_epochs": dict(help="of stage 1; --epochs are stage 2's"),
     "fsp_lr": dict(help="learning rate of stage 1 at its start"),
     "fsp_milestones": dict(help="fractions of --fsp-epochs"),
-    "fsp_weight": dict(help="lambda_i where the widths are equal"),
-    "connected_weight": dict(help="lambda_i where they differ (departure 2)"),
+    "fsp_weight": dict(help="lambda_i times the teacher's sum of squares (departure 2)"),
     "shared_stage1": dict(help="one stage 1, seed 0's, for all --runs")}
 
 
@@ -145,7 +146,20 @@ def losses(student, teacher, images, labels, args) -> tuple[Tensor, dict[str, Te
         of_teacher = teacher(images, taps=True)
     fsp = fsp_loss(list(zip(of_student.entries, of_student.stages)),
                    list(zip(of_teacher.entries, of_teacher.stages)))
-    return of_student.logits, {"fsp": args.fsp_weight * fsp}
+    return of_student.logits, {"fsp": args.fsp_lambda * fsp}
+
+
+@torch.no_grad()
+def lambda_of(teacher: nn.Module, loader, seed: int, args: argparse.Namespace) -> float:
+    """lambda_i of Eq. 2, equal for all pairs: departure 2, on the first batch there is."""
+    loader.set_epoch(0, seed)
+    images, _ = next(iter(loader))
+    taps = teacher(images, taps=True)
+    squares = [fsp_matrix(*pair).square().sum() for pair in zip(taps.entries, taps.stages)]
+    size = torch.stack(squares).sum() / len(images)
+    if args.world > 1:
+        distributed.all_reduce(size)
+    return args.fsp_weight * args.world / size.item()
 
 
 def freeze_unused(model: nn.Module, teacher: nn.Module, size: int, args: argparse.Namespace):
@@ -167,7 +181,7 @@ def first_stage(student, teacher, widths, loaders, args, run, seed):
         print(f"1x1 connectors on the student's maps in stage 1: {widths[1]} -> {widths[0]}")
         model = Connected(student, widths[1], widths[0])
         model.to(args.device, memory_format=torch.channels_last)
-        stage1.fsp_weight = args.connected_weight
+    stage1.fsp_lambda = lambda_of(teacher, loaders[0], seed, args)
     freeze_unused(model, teacher, loaders[0].size, stage1)
     train(model, teacher, loaders, stage1, f"{run}/stage1", seed)
     student.requires_grad_(True)
@@ -198,14 +212,15 @@ def main() -> None:
 
 
 # --- shared: the run ---
-def to_float32(x: Tensor) -> Tensor:
-    """bfloat16 and float16 to float32, in which losses are computed; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 # What decides every training, a baseline's too; a recipe's other entries are the method's own.
 TRAINING = ("epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "milestones",
             "lr_decay", "augment", "reflect")
+SOURCE = Path(__file__).read_text("utf-8")      # as it is when the process starts
+
+
+def to_float32(x: Tensor) -> Tensor:
+    """bfloat16 and float16 to float32, in which losses are computed; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def parse_args() -> argparse.Namespace:
@@ -216,6 +231,7 @@ def parse_args() -> argparse.Namespace:
     if rank > 0:        # the first process prints the error, then torchrun ends the sleeping ones
         sys.stdout, parser.error = open(os.devnull, "w"), lambda message: time.sleep(10)
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    devices = [*gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"]
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--teacher", default="wrn16_3", help="network; python common.py lists them")
     add("--student", default="wrn16_1", help="network")
@@ -233,16 +249,14 @@ def parse_args() -> argparse.Namespace:
     add("--distill-epochs", type=int, help="distil for so many, then cross-entropy alone")
     add("--seed", type=int, default=0, help="of the first student")
     add("--runs", type=int, default=1, help="number of students, seed after seed")
-    devices = ["cuda", *gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"]
-    add("--device", default=[*gpus, "cpu"][0], choices=devices, help="where all is computed")
+    add("--device", default="cuda" if gpus else "cpu", help="cuda, or one of " + ", ".join(devices))
     add("--bf16", action=switch, help="bfloat16 autocast; None: on GPUs that have it")
     add("--graph", action=switch, default=True, help="record the step, on one GPU")
     add("--compile", action="store_true", help="torch.compile the losses")
     add("--out", type=Path, default="runs", help="folder of all runs")
     for key, value in RECIPES["shapes"].items():        # all recipes have the same entries
-        flag = dict(action=switch) if isinstance(value, bool) else dict(type=type(value))
-        if isinstance(value, list):
-            flag = dict(type=float, nargs="*")
+        kinds = {bool: dict(action=switch), list: dict(type=float, nargs="*")}
+        flag = kinds.get(type(value), dict(type=type(value)))
         add("--" + key.replace("_", "-"), **flag | METHOD_FLAGS.get(key, {"help": "of the recipe"}))
     known, _ = parser.parse_known_args([x for x in sys.argv[1:] if x not in ("-h", "--help")])
     names = [name for name in RECIPES if known.dataset in (name.split("-")[0], "folder")]
@@ -254,18 +268,18 @@ def parse_args() -> argparse.Namespace:
     for key, value in vars(args).items():
         low = int(type(value) is int and key not in ("seed", "workers", "fsp_epochs"))
         high = 1 if key.endswith(("momentum", "milestones", "lr_decay", "kd_weight")) else 1e9
-        if isinstance(value, Path):
-            setattr(args, key, value.expanduser())
         for x in value if isinstance(value, list) else [value]:
             if isinstance(x, int | float) and not low <= x <= high:     # nan fails as well
                 parser.error(f"--{key.replace('_', '-')} {x}: not from {low} to {high:g}")
     if max(args.teacher_epochs or 1, args.distill_epochs or 1) > args.epochs:
         parser.error("--teacher-epochs and --distill-epochs: at most --epochs")
+    if args.device == "cuda":       # under torchrun each process has a GPU of its own
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if args.device not in devices:
+        parser.error(f"--device {args.device} is not here: choose from {', '.join(devices)}")
     args.rank, args.world, args.device_type = rank, world, args.device.split(":")[0]
+    args.place = args.out.expanduser() / args.dataset / args.recipe
     if args.device_type == "cuda":
-        args.device += f":{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else ""
-        if args.device not in gpus:
-            parser.error(f"{args.device} is not here: start a process per GPU, or add --device cpu")
         torch.cuda.set_device(args.device)
     if args.bf16 is None:
         args.bf16 = args.device_type == "cuda" and torch.cuda.is_bf16_supported(False)
@@ -274,15 +288,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-SOURCE = Path(__file__).read_text("utf-8")      # as it is when the process starts
-
-
 def build(name, seed, loader, args) -> nn.Module:
     """The network as the seed makes it."""
     torch.manual_seed(seed)
-    network = create_model(name, loader.num_classes)
-    network.name = name
-    return network.to(args.device, memory_format=torch.channels_last)
+    return create_model(name, loader.num_classes).to(args.device, memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -299,14 +308,11 @@ def evaluate(model, loader, args) -> float:
 
 
 def as_cuda_graph(step, args):
-    """The step, recorded once and replayed: its 400 kernels no longer wait for Python.
-
-    The first four calls, and any smaller batch, run as written, on a side stream as torch asks.
-    """
+    """The step, recorded once and replayed: its 400 kernels no longer wait for Python."""
     graph, side, warm, held = torch.cuda.CUDAGraph(), torch.cuda.Stream(), [], []
 
     def replay(images, labels):
-        if len(labels) < args.batch_size or len(warm) < 4:
+        if len(labels) < args.batch_size or len(warm) < 4:      # as written, as torch asks
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 warm.append(step(images, labels))
@@ -333,7 +339,7 @@ def read_run(folder) -> dict:
 
 
 def write_run(folder, model, optimizer, log, loader, args):
-    """last.pt, written aside and renamed: a kill leaves the old one whole. All processes wait."""
+    """last.pt, written aside and renamed: a kill leaves the old one whole."""
     network = getattr(model, "student", model)      # without the connectors of FSP, the overhaul
     if args.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -345,15 +351,13 @@ def write_run(folder, model, optimizer, log, loader, args):
                     "image_size": loader.size}, file)
         (folder / "last.tmp").write_bytes(file.getvalue())
         (folder / "last.tmp").replace(folder / "last.pt")
-    if args.world > 1:
-        distributed.barrier()
 
 
 def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
     """Minimise the sum of losses() by SGD, from the run's last epoch to `until`; the run's log."""
-    folder = args.out / args.dataset / args.recipe / run / f"seed{seed}"
+    folder = args.place / run / f"seed{seed}"
     deciding = ["bf16", *TRAINING]      # what must be equal for a run to go on
-    if not run.startswith("baseline/"):
+    if not args.baseline:
         args.script = hashlib.sha256(SOURCE.encode()).hexdigest()[:8]
         deciding = ["bf16", *RECIPES[args.recipe], "distill_epochs", "teacher_hash", "script"]
     settings = loaders[0].settings | {key: getattr(args, key) for key in deciding}
@@ -361,8 +365,6 @@ def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
                                 nesterov=args.nesterov and args.momentum > 0,
                                 weight_decay=args.weight_decay, fused=args.device_type == "cuda")
     kept = read_run(folder)
-    if args.world > 1:      # all have read before the first one writes
-        distributed.barrier()
     log = kept.get("log", [{"settings": settings, "command": sys.argv, "versions": []}])
     old = log[0]["settings"]
     for key in old | settings:
@@ -415,14 +417,15 @@ def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
                 distributed.broadcast(buffer, 0)
         means = dict(zip(names, (sums / (seen * args.world)).tolist()))
         if not math.isfinite(sum(means.values())):
-            raise UserError(f"epoch {epoch}: {means} is not finite: try a smaller --lr or weight "
-                            f"in another --out")
+            raise UserError(f"epoch {epoch}: {means} is not finite: lower --lr, in another --out")
         speed = seen * args.world / (time.perf_counter() - start)       # without the evaluation
         log.append({"epoch": epoch, **means, "lr": lr, "test": evaluate(model, loaders[1], args),
                     "images/s": speed, "seconds": time.perf_counter() - start})
         print("  ".join(f"{key} {value:<6.5g}" for key, value in log[-1].items()),
               f" {(last - epoch) * log[-1]['seconds'] / 60:.1f} min left", flush=True)
         write_run(folder, model, optimizer, log, loaders[0], args)
+    if args.world > 1:      # the others may read what the first one wrote
+        distributed.barrier()
     return log
 
 
@@ -430,26 +433,24 @@ def get_teacher(loaders, args) -> nn.Module:
     """The frozen teacher: --teacher-ckpt, or the baseline of its network, trained where absent."""
     teacher = build(args.teacher, 0, loaders[0], args)
     run = f"baseline/{args.teacher}" + (f"-{args.teacher_epochs}" if args.teacher_epochs else "")
-    path = args.teacher_ckpt or args.out / args.dataset / args.recipe / run / "seed0/last.pt"
+    path = args.teacher_ckpt or args.place / run / "seed0/last.pt"
     log = [] if args.teacher_ckpt else read_run(path.parent).get("log", [])
     finished = log and len(log) > (args.teacher_epochs or log[0]["settings"]["epochs"])
     if not args.teacher_ckpt and not finished:
         # by the recipe; of the typed flags only --epochs and what the loader takes are for both
         typed = {key: getattr(args, key) for key in ("epochs", "batch_size", "augment", "reflect")}
-        plain = argparse.Namespace(**vars(args) | RECIPES[args.recipe] | typed)
-        train(teacher, None, loaders, plain, run, 0, args.teacher_epochs)
-    kept = load_weights(teacher, path)
+        plain = vars(args) | RECIPES[args.recipe] | typed | {"baseline": True}
+        train(teacher, None, loaders, argparse.Namespace(**plain), run, 0, args.teacher_epochs)
+    kept = load_weights(teacher, path, loaders[0].settings)
     log = kept["log"] if "script" in kept else []
-    for key in ("class_names", "split") if log else ():
-        if log[0]["settings"][key] != loaders[0].settings[key]:
-            raise UserError(f"{path} has learnt another {key}: {log[0]['settings'][key]}"[:200])
     teacher.eval().requires_grad_(False)
     weights = b"".join(x.cpu().numpy().tobytes() for x in teacher.state_dict().values())
     args.teacher_hash = hashlib.sha256(weights).hexdigest()[:8]
     args.teacher_path, args.teacher_accuracy = path, evaluate(teacher, loaders[1], args)
     past = f"{path}, on pictures normalised by this data set's mean and std"
     if log:
-        past = f"{len(log) - 1} epochs of {log[0]['settings']['images'][0]} images"
+        settings = log[0]["settings"]
+        past = f"{len(log) - 1} of {settings['epochs']} epochs on {settings['images'][0]} images"
     print(f"teacher {args.teacher}: {loaders[1].settings['split']} accuracy "
           f"{args.teacher_accuracy:.2f} %, {past}")
     if args.teacher_accuracy <= 100 / loaders[0].num_classes:
@@ -459,14 +460,13 @@ def get_teacher(loaders, args) -> nn.Module:
 
 def report(logs, run, args):
     """The last lines; the gain over baselines of equal training, in --out or beside the teacher."""
-    place = args.out / args.dataset / args.recipe
     tests, gains = [log[-1]["test"] for log in logs], {}
     spread = f" ± {stdev(tests):.2f}" if len(tests) > 1 else ""
-    split = logs[0][0]["settings"]["split"]     # val where there is no test
-    print(f"{run}: {split} accuracy {mean(tests):.2f}{spread} %, files in {place / run}")
+    print(f"{run}: {logs[0][0]['settings']['split']} accuracy {mean(tests):.2f}{spread} %, files "
+          f"in {args.place / run}")
     if not args.baseline:
         for seed, log in enumerate(logs, args.seed):
-            for folder in (args.teacher_path.parent.parent.parent, place / "baseline"):
+            for folder in (args.teacher_path.parent.parent.parent, args.place / "baseline"):
                 base = read_run(folder / args.student / f"seed{seed}").get("log", [])
                 mine = log[0]["settings"]
                 if len(base) == len(log) and mine | base[0]["settings"] == mine:

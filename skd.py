@@ -181,14 +181,15 @@ def main() -> None:
 
 
 # --- shared: the run ---
-def to_float32(x: Tensor) -> Tensor:
-    """bfloat16 and float16 to float32, in which losses are computed; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 # What decides every training, a baseline's too; a recipe's other entries are the method's own.
 TRAINING = ("epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "milestones",
             "lr_decay", "augment", "reflect")
+SOURCE = Path(__file__).read_text("utf-8")      # as it is when the process starts
+
+
+def to_float32(x: Tensor) -> Tensor:
+    """bfloat16 and float16 to float32, in which losses are computed; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def parse_args() -> argparse.Namespace:
@@ -199,6 +200,7 @@ def parse_args() -> argparse.Namespace:
     if rank > 0:        # the first process prints the error, then torchrun ends the sleeping ones
         sys.stdout, parser.error = open(os.devnull, "w"), lambda message: time.sleep(10)
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    devices = [*gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"]
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--teacher", default="wrn16_3", help="network; python common.py lists them")
     add("--student", default="wrn16_1", help="network")
@@ -216,16 +218,14 @@ def parse_args() -> argparse.Namespace:
     add("--distill-epochs", type=int, help="distil for so many, then cross-entropy alone")
     add("--seed", type=int, default=0, help="of the first student")
     add("--runs", type=int, default=1, help="number of students, seed after seed")
-    devices = ["cuda", *gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"]
-    add("--device", default=[*gpus, "cpu"][0], choices=devices, help="where all is computed")
+    add("--device", default="cuda" if gpus else "cpu", help="cuda, or one of " + ", ".join(devices))
     add("--bf16", action=switch, help="bfloat16 autocast; None: on GPUs that have it")
     add("--graph", action=switch, default=True, help="record the step, on one GPU")
     add("--compile", action="store_true", help="torch.compile the losses")
     add("--out", type=Path, default="runs", help="folder of all runs")
     for key, value in RECIPES["shapes"].items():        # all recipes have the same entries
-        flag = dict(action=switch) if isinstance(value, bool) else dict(type=type(value))
-        if isinstance(value, list):
-            flag = dict(type=float, nargs="*")
+        kinds = {bool: dict(action=switch), list: dict(type=float, nargs="*")}
+        flag = kinds.get(type(value), dict(type=type(value)))
         add("--" + key.replace("_", "-"), **flag | METHOD_FLAGS.get(key, {"help": "of the recipe"}))
     known, _ = parser.parse_known_args([x for x in sys.argv[1:] if x not in ("-h", "--help")])
     names = [name for name in RECIPES if known.dataset in (name.split("-")[0], "folder")]
@@ -237,18 +237,18 @@ def parse_args() -> argparse.Namespace:
     for key, value in vars(args).items():
         low = int(type(value) is int and key not in ("seed", "workers", "fsp_epochs"))
         high = 1 if key.endswith(("momentum", "milestones", "lr_decay", "kd_weight")) else 1e9
-        if isinstance(value, Path):
-            setattr(args, key, value.expanduser())
         for x in value if isinstance(value, list) else [value]:
             if isinstance(x, int | float) and not low <= x <= high:     # nan fails as well
                 parser.error(f"--{key.replace('_', '-')} {x}: not from {low} to {high:g}")
     if max(args.teacher_epochs or 1, args.distill_epochs or 1) > args.epochs:
         parser.error("--teacher-epochs and --distill-epochs: at most --epochs")
+    if args.device == "cuda":       # under torchrun each process has a GPU of its own
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if args.device not in devices:
+        parser.error(f"--device {args.device} is not here: choose from {', '.join(devices)}")
     args.rank, args.world, args.device_type = rank, world, args.device.split(":")[0]
+    args.place = args.out.expanduser() / args.dataset / args.recipe
     if args.device_type == "cuda":
-        args.device += f":{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else ""
-        if args.device not in gpus:
-            parser.error(f"{args.device} is not here: start a process per GPU, or add --device cpu")
         torch.cuda.set_device(args.device)
     if args.bf16 is None:
         args.bf16 = args.device_type == "cuda" and torch.cuda.is_bf16_supported(False)
@@ -257,15 +257,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-SOURCE = Path(__file__).read_text("utf-8")      # as it is when the process starts
-
-
 def build(name, seed, loader, args) -> nn.Module:
     """The network as the seed makes it."""
     torch.manual_seed(seed)
-    network = create_model(name, loader.num_classes)
-    network.name = name
-    return network.to(args.device, memory_format=torch.channels_last)
+    return create_model(name, loader.num_classes).to(args.device, memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -282,14 +277,11 @@ def evaluate(model, loader, args) -> float:
 
 
 def as_cuda_graph(step, args):
-    """The step, recorded once and replayed: its 400 kernels no longer wait for Python.
-
-    The first four calls, and any smaller batch, run as written, on a side stream as torch asks.
-    """
+    """The step, recorded once and replayed: its 400 kernels no longer wait for Python."""
     graph, side, warm, held = torch.cuda.CUDAGraph(), torch.cuda.Stream(), [], []
 
     def replay(images, labels):
-        if len(labels) < args.batch_size or len(warm) < 4:
+        if len(labels) < args.batch_size or len(warm) < 4:      # as written, as torch asks
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 warm.append(step(images, labels))
@@ -316,7 +308,7 @@ def read_run(folder) -> dict:
 
 
 def write_run(folder, model, optimizer, log, loader, args):
-    """last.pt, written aside and renamed: a kill leaves the old one whole. All processes wait."""
+    """last.pt, written aside and renamed: a kill leaves the old one whole."""
     network = getattr(model, "student", model)      # without the connectors of FSP, the overhaul
     if args.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -328,15 +320,13 @@ def write_run(folder, model, optimizer, log, loader, args):
                     "image_size": loader.size}, file)
         (folder / "last.tmp").write_bytes(file.getvalue())
         (folder / "last.tmp").replace(folder / "last.pt")
-    if args.world > 1:
-        distributed.barrier()
 
 
 def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
     """Minimise the sum of losses() by SGD, from the run's last epoch to `until`; the run's log."""
-    folder = args.out / args.dataset / args.recipe / run / f"seed{seed}"
+    folder = args.place / run / f"seed{seed}"
     deciding = ["bf16", *TRAINING]      # what must be equal for a run to go on
-    if not run.startswith("baseline/"):
+    if not args.baseline:
         args.script = hashlib.sha256(SOURCE.encode()).hexdigest()[:8]
         deciding = ["bf16", *RECIPES[args.recipe], "distill_epochs", "teacher_hash", "script"]
     settings = loaders[0].settings | {key: getattr(args, key) for key in deciding}
@@ -344,8 +334,6 @@ def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
                                 nesterov=args.nesterov and args.momentum > 0,
                                 weight_decay=args.weight_decay, fused=args.device_type == "cuda")
     kept = read_run(folder)
-    if args.world > 1:      # all have read before the first one writes
-        distributed.barrier()
     log = kept.get("log", [{"settings": settings, "command": sys.argv, "versions": []}])
     old = log[0]["settings"]
     for key in old | settings:
@@ -398,14 +386,15 @@ def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
                 distributed.broadcast(buffer, 0)
         means = dict(zip(names, (sums / (seen * args.world)).tolist()))
         if not math.isfinite(sum(means.values())):
-            raise UserError(f"epoch {epoch}: {means} is not finite: try a smaller --lr or weight "
-                            f"in another --out")
+            raise UserError(f"epoch {epoch}: {means} is not finite: lower --lr, in another --out")
         speed = seen * args.world / (time.perf_counter() - start)       # without the evaluation
         log.append({"epoch": epoch, **means, "lr": lr, "test": evaluate(model, loaders[1], args),
                     "images/s": speed, "seconds": time.perf_counter() - start})
         print("  ".join(f"{key} {value:<6.5g}" for key, value in log[-1].items()),
               f" {(last - epoch) * log[-1]['seconds'] / 60:.1f} min left", flush=True)
         write_run(folder, model, optimizer, log, loaders[0], args)
+    if args.world > 1:      # the others may read what the first one wrote
+        distributed.barrier()
     return log
 
 
@@ -413,26 +402,24 @@ def get_teacher(loaders, args) -> nn.Module:
     """The frozen teacher: --teacher-ckpt, or the baseline of its network, trained where absent."""
     teacher = build(args.teacher, 0, loaders[0], args)
     run = f"baseline/{args.teacher}" + (f"-{args.teacher_epochs}" if args.teacher_epochs else "")
-    path = args.teacher_ckpt or args.out / args.dataset / args.recipe / run / "seed0/last.pt"
+    path = args.teacher_ckpt or args.place / run / "seed0/last.pt"
     log = [] if args.teacher_ckpt else read_run(path.parent).get("log", [])
     finished = log and len(log) > (args.teacher_epochs or log[0]["settings"]["epochs"])
     if not args.teacher_ckpt and not finished:
         # by the recipe; of the typed flags only --epochs and what the loader takes are for both
         typed = {key: getattr(args, key) for key in ("epochs", "batch_size", "augment", "reflect")}
-        plain = argparse.Namespace(**vars(args) | RECIPES[args.recipe] | typed)
-        train(teacher, None, loaders, plain, run, 0, args.teacher_epochs)
-    kept = load_weights(teacher, path)
+        plain = vars(args) | RECIPES[args.recipe] | typed | {"baseline": True}
+        train(teacher, None, loaders, argparse.Namespace(**plain), run, 0, args.teacher_epochs)
+    kept = load_weights(teacher, path, loaders[0].settings)
     log = kept["log"] if "script" in kept else []
-    for key in ("class_names", "split") if log else ():
-        if log[0]["settings"][key] != loaders[0].settings[key]:
-            raise UserError(f"{path} has learnt another {key}: {log[0]['settings'][key]}"[:200])
     teacher.eval().requires_grad_(False)
     weights = b"".join(x.cpu().numpy().tobytes() for x in teacher.state_dict().values())
     args.teacher_hash = hashlib.sha256(weights).hexdigest()[:8]
     args.teacher_path, args.teacher_accuracy = path, evaluate(teacher, loaders[1], args)
     past = f"{path}, on pictures normalised by this data set's mean and std"
     if log:
-        past = f"{len(log) - 1} epochs of {log[0]['settings']['images'][0]} images"
+        settings = log[0]["settings"]
+        past = f"{len(log) - 1} of {settings['epochs']} epochs on {settings['images'][0]} images"
     print(f"teacher {args.teacher}: {loaders[1].settings['split']} accuracy "
           f"{args.teacher_accuracy:.2f} %, {past}")
     if args.teacher_accuracy <= 100 / loaders[0].num_classes:
@@ -442,14 +429,13 @@ def get_teacher(loaders, args) -> nn.Module:
 
 def report(logs, run, args):
     """The last lines; the gain over baselines of equal training, in --out or beside the teacher."""
-    place = args.out / args.dataset / args.recipe
     tests, gains = [log[-1]["test"] for log in logs], {}
     spread = f" ± {stdev(tests):.2f}" if len(tests) > 1 else ""
-    split = logs[0][0]["settings"]["split"]     # val where there is no test
-    print(f"{run}: {split} accuracy {mean(tests):.2f}{spread} %, files in {place / run}")
+    print(f"{run}: {logs[0][0]['settings']['split']} accuracy {mean(tests):.2f}{spread} %, files "
+          f"in {args.place / run}")
     if not args.baseline:
         for seed, log in enumerate(logs, args.seed):
-            for folder in (args.teacher_path.parent.parent.parent, place / "baseline"):
+            for folder in (args.teacher_path.parent.parent.parent, args.place / "baseline"):
                 base = read_run(folder / args.student / f"seed{seed}").get("log", [])
                 mine = log[0]["settings"]
                 if len(base) == len(log) and mine | base[0]["settings"] == mine:

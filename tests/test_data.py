@@ -330,7 +330,7 @@ def test_training_from_files(photos, cli, tmp_path):
     assert (tmp_path / "runs/imagenet/imagenet-guo/baseline/imagenet_mobilenet/seed0").is_dir()
     line = cli("kd", *flags, "--teacher", "imagenet_resnet18", "--teacher-ckpt",
                "ResNet18_Weights.NONE").refused()
-    assert "torchvision has no such weights" in line
+    assert "torchvision has no " in line
 
 
 # --- shares of several processes -----------------------------------------------------------------
@@ -385,6 +385,6 @@ def test_who_downloads_first_and_what_cannot_be_shared(monkeypatch):
     with pytest.raises(ZeroDivisionError):      # which no other process waits for in vain
         common.rank0_first(lambda: 1 / 0)
     assert done.count("wait") == 3
-    for batch_size, says in ((10, "size 10 is for all 4"), (4, "two or more"), (8, "7 .* too few")):
+    for batch_size, says in ((10, "size 10: .* equally"), (4, "two images"), (8, "7 .* too few")):
         with pytest.raises(UserError, match=says):
             load_data("shapes", "", batch_size, "cpu", augment=False, seed=0, train_images=7)

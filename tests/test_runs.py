@@ -92,7 +92,7 @@ def test_a_run_from_nothing(script, cli, tmp_path, monkeypatch):
     teacher, lines = log_of(out / TEACHER)[-1]["test"], done.out.splitlines()
     assert equal_bits(dict(teachers[0].state_dict()), state(out / TEACHER)["model"])
     assert not any(x.requires_grad for x in teachers[0].parameters()) and not teachers[0].training
-    said = f"teacher wrn10_1: test accuracy {teacher:.2f} %, 2 epochs of 192 images"
+    said = f"teacher wrn10_1: test accuracy {teacher:.2f} %, 2 of 2 epochs on 192 images"
     assert "min left" in lines[1] and lines[2] == said and lines[3].startswith("epoch 1 ")
     assert lines[-2] == (f"{script}/wrn10_1-resnet8: test accuracy {log[-1]['test']:.2f} %, "
                          f"files in {folder.parent}")
@@ -254,7 +254,7 @@ def test_pictures_in_folders(cli, tmp_path):
 CHOICES = """kd --temperature 3 --kd-weight 0.7 | at --beta 20 --kd-weight 0.3 --temperature 3
 atang --gamma 50 --margin 1.5 --scale 3 | atang --loss amd --gamma 50 --margin 1.5 --scale 3
 atang --loss amd-local --gamma 50 --margin 1.5 --scale 3 | overhaul --teacher-bn running --alpha 1
-fsp --fsp-weight 3 --connected-weight 5 | fsp --student wrn10_2 --fsp-weight 3 --connected-weight 5
+fsp --fsp-weight 3 | fsp --student wrn10_2 --fsp-weight 3
 overhaul --layers last | overhaul --distance l2 | overhaul --position end --distance l2
 skd --scale 3 | skd --scale teacher | skd --scale literal | skd --scale none --temperature 3
 kd --bf16 | at --bf16 | atang --bf16 | fsp --bf16 | overhaul --bf16 | skd --bf16"""
@@ -278,7 +278,10 @@ def terms_of(script: str, args, path: Path) -> dict:
         equal = widths[0] == widths[1]
         s = s if equal else m.Connected(network, *widths)(images, taps=True)
         loss = m.fsp_loss(*[list(zip(seen.entries, seen.stages)) for seen in (s, t)])
-        return {"fsp": (args.fsp_weight if equal else args.connected_weight) * loss}
+        loader.set_epoch(0, 0)      # another order and other crops
+        t = teacher(next(iter(loader))[0], taps=True)
+        squares = [m.fsp_matrix(*pair).square().sum() / 192 for pair in zip(t.entries, t.stages)]
+        return {"fsp": args.fsp_weight / sum(squares) * loss}
     if script == "overhaul":
         first = -1 if args.layers == "last" else 0
         maps = (s.stages, t.stages) if args.position == "end" else (s.pre_relu, t.pre_relu)
@@ -338,7 +341,7 @@ def test_fsp_stages(network, shared, cli, out):
     for seed, second in enumerate(seconds):
         seed *= not shared
         first = state(pair / f"stage1/seed{seed}")
-        assert first["log"][0]["settings"]["fsp_weight"] == (0.01 if connected else 1)
+        assert first["log"][0]["settings"]["fsp_weight"] == 100
         torch.manual_seed(seed)
         fresh = common.create_model(network, 10)
         for key, _ in fresh.named_parameters():

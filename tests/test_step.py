@@ -3,6 +3,7 @@
 No GPU is needed: a stand-in keeps kernels with their memory, and fake tensors have no values.
 """
 import ast
+import contextlib
 import importlib
 import inspect
 import sys
@@ -198,6 +199,22 @@ def cuda(monkeypatch):
     return cuda
 
 
+@pytest.mark.parametrize("rank, flag, device", [
+    (0, "", "cuda:0"), (1, "", "cuda:1"), (2, "", None), (1, "--device=cuda", "cuda:1"),
+    (0, "--device=cuda:1", "cuda:1"), (0, "--device=cuda:2", None), (1, "--device=cpu", "cpu")])
+def test_each_process_has_a_gpu_of_its_own(rank, flag, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda name: chosen.append(name))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(sys, "argv", ["kd.py", *filter(None, [flag])])
+    chosen = []
+    with pytest.raises(SystemExit) if device is None else contextlib.nullcontext():
+        args = kd.parse_args()
+        assert (args.device, args.bf16) == (device, device != "cpu")
+    assert chosen == [device] * (device in ("cuda:0", "cuda:1"))
+
+
 def test_what_is_recorded_when(cuda, cli, tmp_path, monkeypatch):
     """Anew for another rate, and only then; nothing where several processes train."""
     assert cli("kd", *FEW, *SIX, "--out", tmp_path / "alone").code == 0
@@ -238,7 +255,7 @@ def test_a_step_stays_on_the_gpu(script, monkeypatch):
     loader = common.load_data("shapes", "", 32, "meta", augment=True, seed=0)[0]
     assert {x.device.type for x in next(iter(loader))} == {"meta"}, "batches are made where asked"
     args = Namespace(**module.RECIPES["cifar10-jeon"], teacher="wrn16_3", student="wrn16_1",
-                     image_size=32, device=cuda)
+                     image_size=32, device=cuda, fsp_lambda=1.0)
     for name in ("torch.nn.Module.to", "torch.nn.Module.double", "copy.deepcopy"):
         monkeypatch.setattr(name, lambda self, *_, **__: self)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)

@@ -41,7 +41,7 @@ def test_a_finished_teacher_is_only_loaded_whatever_trained_it(cli, out):
     torch.save(kept, path)
     before = path.read_bytes()
     done = cli("kd", *SMALL, "--out", out, "--epochs", "3", "--lr", "0.01", "--train-images", "200")
-    assert done.code == 0 and "%, 2 epochs of 192 images" in done.out
+    assert done.code == 0 and "%, 2 of 2 epochs on 192 images" in done.out
     assert done.out.count("epoch 1 ") == 1 and path.read_bytes() == before
 
 
@@ -65,7 +65,7 @@ def test_an_early_stopped_teacher_has_a_folder_of_its_own(cli, out):
     assert cli("kd", *SMALL, "--out", out, "--teacher-epochs", "1").code == 0
     assert equal_bits(result_of(early)["log"], whole[:1])
     done = cli("at", *SMALL, "--out", out, "--teacher-epochs", "1")
-    assert done.code == 0 and done.out.startswith("teacher wrn10_1: ") and "1 epochs of" in done.out
+    assert done.code == 0 and done.out.startswith("teacher wrn10_1") and "1 of 2 epochs" in done.out
     assert equal_bits(result_of(out / TEACHER)["log"], whole)
 
 
@@ -74,7 +74,8 @@ def test_a_teacher_from_a_file(cli, out, tmp_path):
     path, foreign, results = out / TEACHER / "last.pt", tmp_path / "foreign.pt", []
     weights = {f"module.{key}": x for key, x in state(path.parent)["model"].items()}
     torch.save({"epoch": 3, "state_dict": weights}, foreign)
-    for source, said in ((path, "2 epochs of 192 images\n"), (foreign, f"{foreign}, on pictures ")):
+    for source, said in (
+            (path, "2 of 2 epochs on 192 images\n"), (foreign, f"{foreign}, on pictures")):
         place = tmp_path / source.stem
         done = cli("kd", *SMALL, "--out", place, "--teacher-ckpt", source)
         assert done.code == 0 and f" %, {said}" in done.out

@@ -1,7 +1,9 @@
 """The tools: tables run end to end, recorded and measured; the sums behind the pictures; speed."""
 import contextlib
+import csv
 import importlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -161,9 +163,11 @@ def test_a_table_from_the_first_run_to_the_last(cli, tmp_path, monkeypatch):
     assert len(lines) == 5 + 2 and str(tmp_path) not in file.read_text()    # two measurements
     shown = cli("reproduce", *command, "--show", "--out", file).out
     assert list(map(cells, shown.split("measured on"))) == [first, second]
-    listed = cli("reproduce", "--table", folder).out.splitlines()
+    listed = cli("reproduce", "--table", folder, "--csv", tmp_path / "x.csv").out.splitlines()
     assert listed == cli("reproduce", "--table", file).out.splitlines() and len(listed) == 4
-    assert listed[3].split()[-2:] == ["2", f"{gains.mean():+.2f}"]
+    row = list(csv.reader((tmp_path / "x.csv").open()))[3]
+    assert row[:-1] == listed[3].split() and row[6:] == [
+        f"{np.mean(ours):.2f}", f"{np.std(ours, ddof=1):.2f}", "2", f"{gains.mean():+.2f}", ""]
     # what was made by another recipe, or by another text of its script, is not taken for today's
     kd = importlib.import_module("kd")
     with mock.patch.dict(kd.RECIPES["shapes"], weight_decay=0.1):
@@ -240,7 +244,10 @@ def test_measurements_of_finished_runs(cli, tmp_path):
         assert line.endswith(f"test accuracy {accuracy:.2f} %, cross-entropy {ce:.4f}, "
                              f"KL(teacher || student) {kl:.4f}")
     together = 100 * (sum(map(softmax, z)).argmax(1) == labels).mean()
-    assert lines[-1] == f"average {np.mean(tests):.2f} %, ensemble {together:.2f} %"
+    assert f"average {np.mean(tests):.2f} %, ensemble {together:.2f} %" in lines
+    columns = {re.sub(" (student|teacher)", "", name) for name in re.split("  +", lines[2])[1:]}
+    for name in columns | {"accuracy", "cross-entropy", "KL", "ensemble"}:
+        assert sum(line.startswith(f"{name}  ") for line in lines) == 1, f"no legend of {name}"
     three = [reproduce.Outputs(Namespace(labels=torch.tensor([1])), 0, torch.tensor([p]), {})
              for p in ([0.5, 0.3, 0.2], [0.0, 0.4, 0.6], [0.5, 0.4, 0.1])]
     assert reproduce.ensemble(three) == 100, "the mean, no vote"
@@ -392,9 +399,27 @@ def test_curves_scatter_and_sweep_from_the_recorded_logs_alone(cli, tmp_path):
         logs = look.groups_of([place])[0].logs
         assert look.course(logs, "fsp")[0] == list(range(1, first + 1))
         assert look.course(logs, "ce")[0] == list(range(first + 1, last + 1))
-    names = "x/s/kd/a-b x/s/baseline/b x/s/baseline/c x/s/at/a-b y/s/at/a-b".split()
-    labels = look.labels_of([Path("/runs", name, "seed0") for name in names])
-    assert labels == ["kd", "baseline b", "baseline c", "at x", "at y"]
+
+
+def test_runs_are_told_apart_by_their_settings_else_by_their_folders(cli, tmp_path, monkeypatch):
+    """In curves and --table; to curves, an edited script makes no other settings."""
+    header, *rows = reproduce.log_of(SHAPES / "kd/wrn16_3-wrn16_1/seed0")
+    for place, epochs, own in (("s/s/kd/A-b/seed0", 15, {}), ("c/d/s/s/kd/A-b/seed0", 15, {}),
+                               ("s/s/kd/A-b/seed1", 15, {"script": "ab"}),
+                               ("s/s/kd/A-b/seed2", 15, {"temperature": 2.0, "milestones": [0.5]}),
+                               ("s/s/kd/C-b/seed0", 9, {}), ("s/s/at/A-b/seed0", 0, {})):
+        run = tmp_path / "runs" / place
+        run.mkdir(parents=True)
+        log = [header | {"settings": header["settings"] | own}, *rows[:epochs]]
+        (run / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    four, two = "milestones 0.6 0.8 0.95, temperature 4", "milestones 0.5, temperature 2"
+    assert {group.label: len(group.runs) for group in look.groups_of([tmp_path])} == {
+        f"kd A-b, {four}": 2, f"kd A-b, {four} in c/d": 1, f"kd A-b, {two}": 1, "kd C-b": 1}
+    listed = cli("reproduce", "--table", tmp_path / "runs").out.splitlines()[1:]
+    assert [line.split("  ")[-1] for line in listed] == [four, four, f"{four}, script ab", two]
+    monkeypatch.chdir(tmp_path)
+    assert "runs/curves.png: " in cli("look", "curves", "runs").out
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 def test_wrong_input_of_look_is_one_line(cli, tmp_path):

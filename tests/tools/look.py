@@ -8,8 +8,9 @@
     python tests/tools/look.py sweep TABLE ...    one of reproduce.py's, over what it varies
     python tests/tools/look.py data --dataset folder --data-dir mydata   the classes, and augmented
 
-RUN is a folder runs/<data set>/<recipe>/<method>/<networks>/seed<k>, or the one above it for all
-its seeds (maps: the lowest). curves, scatter and sweep read logs alone, also from a file of
+RUN is a folder runs/<data set>/<recipe>/<method>/<networks>/seed<k>, or any above it for all runs
+below: seeds of equal settings are one line (maps: the lowest seed). Pictures are written to
+runs/<command>.png, or to --out. curves, scatter and sweep read logs alone, also from a file of
 recorded runs as if that were a folder: tests/reference/runs.jsonl/shapes/shapes/baseline/wrn16_1.
 
 Grad-CAM (Selvaraju et al. 2017) is taken at the maps that AT and ATang compare, `Taps.stages`: low
@@ -20,6 +21,7 @@ picture as squares, unsmoothed; its std is over the seeds (n - 1), each seed's v
 all images, whose own spread is not shown.
 """
 import argparse
+import json
 import math
 import re
 import sys
@@ -44,6 +46,7 @@ COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#C
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*", "<"]
 LINES = ["-", "--", "-.", ":"]
 DEPTHS = ["low", "middle", "high"]
+HASHES = ("script", "teacher_hash")      # a legend does not name them
 NO_TERM = {"epoch", "lr", "train", "test", "images/s", "seconds"}
 # the flag that a term was multiplied by; FSP's depends on the networks
 WEIGHTS = {"kd": "kd_weight", "skd": "kd_weight", "at": "beta", "atang": "gamma", "amd": "gamma",
@@ -52,7 +55,7 @@ WEIGHTS = {"kd": "kd_weight", "skd": "kd_weight", "at": "beta", "atang": "gamma"
 # === Runs =======================================================================================
 
 class Group(NamedTuple):
-    """The runs of one argument: the seeds of one method."""
+    """The seeds of one method, pair and settings."""
     label: str
     runs: list[Path]
     logs: list[list[dict]]
@@ -64,15 +67,15 @@ class Network(NamedTuple):
     checkpoints: list[Path]     # of the seeds
 
 
-def seeds_of(path: Path) -> list[Path]:
-    """The run itself, or the runs right below it, by their seeds."""
+def runs_of(path: Path) -> list[Path]:
+    """The run itself, or all below that have finished an epoch, by folders and seeds."""
     path = path.resolve()
     runs = [run for run in reproduce.runs_below(path)
-            if path in (run, run.parent) and len(reproduce.log_of(run)) > 1]
+            if "stage1" not in run.relative_to(path).parts and len(reproduce.log_of(run)) > 1]
     if not runs:
         raise UserError(f"{path} is no run: name a folder seed<k> with a log.jsonl of at least one "
-                        f"epoch, or the one above it")
-    return sorted(runs, key=lambda run: int("0" + re.sub(r"\D", "", run.name)))
+                        f"epoch, or one above it")
+    return sorted(runs, key=lambda run: (run.parent, int("0" + re.sub(r"\D", "", run.name))))
 
 
 def whole_log(run: Path) -> list[dict]:
@@ -83,31 +86,47 @@ def whole_log(run: Path) -> list[dict]:
     return [header, *reproduce.log_of(first)[1:], *rows]
 
 
-def labels_of(runs: list[Path]) -> list[str]:
-    """Each one's method, and the parts of its path that tell it from others of that method."""
-    labels = []
-    for run in runs:
-        parts = run.parts[::-1]
-        others = [other.parts[::-1] for other in runs if other.parts[-3] == parts[2]]
-        telling = [part for part, *there in zip(parts, *others) if set(there) != {part}]
-        labels.append(" ".join([parts[2], *telling[::-1]]))
+def own_parts(texts: list[str]) -> list[str]:
+    """The parts of each path that not all have."""
+    shared = set.intersection(*(set(text.split("/")) for text in texts))
+    return ["/".join(part for part in text.split("/") if part not in shared) for text in texts]
+
+
+def labels_of(runs: list[Path], settings: list[dict]) -> list[str]:
+    """Each one's method, and what tells it from others: networks, settings, else folder, seed."""
+    labels = [run.parts[-3] for run in runs]
+    for between, values, own_of in (
+            (" ", ["/".join(run.parts[-4:-1]) for run in runs], own_parts),
+            (", ", settings, reproduce.differences),
+            (" in ", ["/".join(run.parts[:-5]) for run in runs], own_parts),
+            (" ", [run.name for run in runs], own_parts)):
+        for label in set(labels):       # where it is not one's alone
+            alike = [number for number, other in enumerate(labels) if other == label]
+            for number, own in zip(alike, own_of([values[number] for number in alike])):
+                labels[number] += between + own if own else ""
     return labels
 
 
 def groups_of(paths: list[Path], finished: bool = False) -> list[Group]:
     """The runs, of one data set and split, and `finished` where that is asked, or UserError."""
-    runs = [seeds_of(path) for path in paths]
-    logs = [[whole_log(run) for run in own] for own in runs]
-    first = logs[0][0][0]["settings"]
-    for run, log in zip(sum(runs, []), sum(logs, [])):
+    found, first = {}, {}
+    for path, run in ((path, run) for path in paths for run in runs_of(path)):
+        log = whole_log(run)
+        first = first or log[0]["settings"]
         for key in ("data", "split", "image_size"):
             if (value := log[0]["settings"].get(key)) != first.get(key):
                 raise UserError(f"{run} has {key} {value}, the first run {first.get(key)}: look "
                                 f"at them one by one")
         if finished and not reproduce.complete(run):
             raise UserError(f"{run} is not finished: run its command again")
-    labels = labels_of([own[0] for own in runs])
-    return [Group(*parts) for parts in zip(labels, runs, logs)]
+        own = {key: value for key, value in log[0]["settings"].items() if key not in HASHES}
+        group = found.setdefault((path, run.parent, json.dumps(own, sort_keys=True)),
+                                 Group("", [], []))
+        group.runs.append(run)
+        group.logs.append(log)
+    labels = labels_of([group.runs[0] for group in found.values()],
+                       [json.loads(own) for *_, own in found])
+    return [group._replace(label=label) for label, group in zip(labels, found.values())]
 
 
 def networks_of(groups: list[Group], loader: Loader, given: Path | None) -> list[Network]:
@@ -209,6 +228,8 @@ def new_figure(width: int, height: int, **options: object) -> Figure:
 
 
 def save(figure: Figure, args: argparse.Namespace) -> None:
+    if args.out.parent == Path("runs"):     # of pictures that nobody gave a name
+        args.out.parent.mkdir(exist_ok=True)
     try:
         figure.savefig(args.out)
     except ValueError as error:     # a kind of file that matplotlib does not know
@@ -373,7 +394,8 @@ def draw_curves(args: argparse.Namespace) -> None:
             axes.minorticks_off()
     counts = " or ".join(map(str, sorted({len(group.logs) for group in groups})))
     panels["test"].set_title(f"{groups[0].logs[0][0]['settings']['split']} accuracy, per cent")
-    panels["test"].legend(loc="lower right", title=f"mean ± std over the seeds: {counts}")
+    panels["test"].legend(loc="lower right", title=f"mean ± std over the seeds: {counts}",
+                          fontsize=8 if len(groups) < 10 else 6)
     save(figure, args)
 
 
@@ -454,7 +476,6 @@ def draw_scatter(args: argparse.Namespace) -> None:
     save(figure, args)
 
 
-
 COMMANDS = {"maps": draw_maps, "energy": print_energy, "curves": draw_curves,
             "scatter": draw_scatter, "sweep": draw_sweep, "data": draw_data}
 
@@ -466,9 +487,9 @@ def main() -> None:
     for name in COMMANDS:
         adds[name] = add = commands.add_parser(name, allow_abbrev=False).add_argument
         if name not in ("sweep", "data"):
-            add("runs", type=Path, nargs="+", metavar="RUN", help="its folder")
+            add("runs", type=Path, nargs="+", metavar="RUN", help="its folder, or one above")
         if name != "energy":
-            add("--out", type=Path, default=f"{name}.png", help=f"the picture; {name}.png")
+            add("--out", type=Path, default=f"runs/{name}.png", help="the picture; %(default)s")
         if name in ("maps", "energy"):
             add("--data-dir", type=Path, help="where the data set is; else as the run's command")
             add("--teacher-ckpt", type=Path, help="else where the runs' commands had it")

@@ -6,7 +6,8 @@
                                                and prints the table; stopped or killed, the same
                                                command goes on; with --show it trains nothing
     python tests/tools/reproduce.py --table runs      every finished run below a folder, by seeds,
-                                               and the gain
+                                               the gain, and in which settings runs of the same
+                                               networks and method differ; as CSV with --csv FILE
     python tests/tools/reproduce.py --record runs/tables tests/reference/runs.jsonl
                                                keeps their logs in a file, a run a line
     python tests/tools/reproduce.py --measure RUN ... accuracy, cross-entropy, KL(teacher ||
@@ -24,6 +25,7 @@ it was made of: `six --dataset shapes --runs 5 --show --out tests/reference/runs
 """
 import argparse
 import contextlib
+import csv
 import ctypes
 import functools
 import hashlib
@@ -75,6 +77,7 @@ class Table(NamedTuple):
     measured: tuple = ()    # from the checkpoints: names of `outputs`
     base: str = "kd.py"     # trains its baselines and teachers
     published: bool = False     # its teachers are torchvision's first weights, and not trained
+    note: str = ""      # where its rows are not the paper's to the letter
 
 
 def of_pairs(commands: dict[str, str], lines: str, errors: bool = False) -> list[Row]:
@@ -136,6 +139,8 @@ OF_TEACHERS, OF_KD = "69.57 70.9 71.9 72.8 73.8", "67.4 68.2 68 67.5 67.1"
 KD_GAPS = {"G_entropy": "0.146 0.181 0.222 0.246 0.261", "G_f": "0.042 0.053 0.063 0.068 0.074"}
 SKD_GAPS = {"G_entropy": "0.053 0.074 0.081 0.083 0.094", "G_f": "0.029 0.042 0.041 0.045 0.044"}
 SOFT_LOSS = {"soft loss": "1.1 1.7 2.1 2.5 3.3"}
+SOFT_NOTE = ("soft loss: tau^2 KL on the training images, the last epoch's mean; the paper's is "
+             "cross-entropy (Eq. 2), without tau^2 and with the teacher's entropy.")
 GAPS = ("S teacher", "G_entropy", "theorem 1", "F teacher", "G_f", "G_f centred", "theorem 2",
         "soft loss")
 
@@ -180,25 +185,33 @@ TABLES = {
             wrn28_6 wrn16_8  86.67±0.03 86.30±0.04 86.94±0.03 87.26±0.02 87.42±0.03""")),
     "atang-gamma": Table("ATang, Figure 5", "how large a weight gamma?", "cifar10", 5,
         sweep("atang.py", "gamma", "gamma", "1000 3000 5000 7000", """
-            wrn16_3 wrn16_1 - - - 86.27±0.09 -
-            wrn28_3 wrn16_1 - - - 85.70±0.09 -""")),
+            wrn16_3 wrn16_1 84.11±0.21 - - 86.27±0.09 -
+            wrn28_3 wrn16_1 84.11±0.21 - - 85.70±0.09 -""") +
+        [Row(f"gamma = {gamma}", f"atang.py --gamma {gamma}", "wrn28_3", "wrn16_3", paper)
+         for gamma, paper in ((1000, "89.30 ± 0.10"), (5000, "88.83"))],
+        note="The text's pair WRN28-3 to WRN16-3 stands below; its 88.83 has no std."),
     "atang-margin": Table("ATang, Figure 6", "how large a margin m?", "cifar10", 5,
         sweep("atang.py", "margin", "m", "1.0 1.35 1.5 2.0", """
-            wrn16_3 wrn16_1 - - 86.27±0.09 - -
-            wrn28_3 wrn16_1 - - 85.70±0.09 - -""")),
+            wrn16_3 wrn16_1 84.11±0.21 - 86.27±0.09 - -
+            wrn28_3 wrn16_1 84.11±0.21 - 85.70±0.09 - -""")),
     "kd-lambda": Table("ATang, Figure S1", "how much weight for KD?", "cifar10", 5,
         sweep("kd.py", "kd-weight", "lambda", "0.1 0.3 0.5 0.7 0.9",
-              "wrn16_3 wrn16_1 - - - - - 85.29±0.15")),
+              "wrn16_3 wrn16_1 84.11±0.21 - - - - 85.29±0.15"),
+        note="The text says tau = 0.4; read as 4, which every other table has."),
     "atang-gamma-cinic": Table("ATang, Figure S2", "gamma on CINIC-10?", "cinic10", 5,
         sweep("atang.py", "gamma", "gamma", "100 500 1000", """
-            wrn16_3 wrn16_1 - - 80.98±0.02 -
-            wrn28_3 wrn16_1 - - 80.28±0.04 -""")),
+            wrn16_3 wrn16_1 79.49±0.08 - 80.98±0.02 -
+            wrn28_3 wrn16_1 79.49±0.08 - 80.28±0.04 -""")),
     "atang-margin-cinic": Table("ATang, Figure S3", "the margin on CINIC-10?", "cinic10", 5,
         sweep("atang.py", "margin", "m", "1.0 1.35 1.5 2.0", """
-            wrn16_3 wrn16_1 - - 80.98 80.92 80.90
-            wrn28_3 wrn16_1 - - 80.30 80.32 80.35""")),
+            wrn16_3 wrn16_1 79.49±0.08 - 80.98 80.92 80.90
+            wrn28_3 wrn16_1 79.49±0.08 - 80.30 80.32 80.35""")),
     "overhaul-3": Table("Overhaul, Table 3", "does the overhaul beat KD and AT?", "cifar100", 5,
-        of_settings(OVERHAUL, 0, 1, 2, 3, 4), "cifar100-heo"),
+        of_settings(OVERHAUL, 0, 1, 2, 3, 4), "cifar100-heo",
+        note="The paper trained (e)'s and (f)'s teacher with mixup, which it is not here. (e)'s "
+             "baseline in the paper is (a)'s teacher, of batch 128. (c)'s KD and AT had, by Table "
+             "8, the teacher's BatchNorm in training mode: here it is in evaluation mode, with "
+             "which Table 8 has 73.55 and 73.58."),
     "overhaul-4": Table("Overhaul, Table 4", "and on ImageNet?", "imagenet", 1,
         of_pairs(ON_IMAGENET, """
             imagenet_resnet152 imagenet_resnet50  21.69 23.72 22.85 22.75 21.65
@@ -209,11 +222,13 @@ TABLES = {
          Row("KD", "kd.py", "wrn28_4", "wrn16_2", "73.53", {"KL": 0.7064, "CE": 1.0758}),
          Row("AT", SKD["AT"], "wrn28_4", "wrn16_2", "73.44", {"KL": 0.7047, "CE": 1.0303}),
          Row("overhaul", "overhaul.py", "wrn28_4", "wrn16_2", "75.92",
-             {"KL": 0.5723, "CE": 0.9585})], "cifar100-heo", ("KL", "CE")),
+             {"KL": 0.5723, "CE": 0.9585})], "cifar100-heo", ("KL", "CE"),
+        note="KL's direction, teacher || student, is our reading. KD and AT: as in overhaul-3."),
     "overhaul-8": Table("Overhaul, Table 8", "which BatchNorm for the teacher?", "cifar100", 5,
         of_pairs({"baseline": "baseline", "of the batch": "overhaul.py",
                   "running": "overhaul.py --teacher-bn running"},
-                 "wrn28_4 wrn16_2 27.32 24.08 24.54", errors=True), "cifar100-heo"),
+                 "wrn28_4 wrn16_2 27.32 24.08 24.54", errors=True), "cifar100-heo",
+        note="The paper's other six methods in both modes are not here."),
     "overhaul-9": Table("Overhaul, Table 9", "what does each part add?", "cifar100", 5,
         of_pairs({
             "baseline": "baseline",
@@ -226,7 +241,7 @@ TABLES = {
     "overhaul-11": Table("Overhaul, Table 11", "is the last layer enough?", "cifar100", 5,
         of_settings(ALONE | {"all layers": "overhaul.py",
                              "the last layer": "overhaul.py --layers last"}, 0, 1, 4, 5),
-        "cifar100-heo"),
+        "cifar100-heo", note="The paper's single layer is read as the last; see overhaul-3."),
     "fsp-1": Table(
         "FSP, Table 1 of Liu's report", "does FSP save two thirds of the training?", "cifar100", 3,
         [Row("baseline", "baseline", "resnet32", "resnet32", "64.15", {"ensemble": 69.3}),
@@ -237,20 +252,24 @@ TABLES = {
         measured=("ensemble",), base="fsp.py"),
     "skd-1": Table("SKD, Table 1", "does KD get worse from larger teachers?", "cifar100", 3,
         by_teacher(growing("teacher", "teacher", OF_TEACHERS, {}),
-                   growing("KD", "kd.py", OF_KD, SOFT_LOSS)), measured=("soft loss",)),
+                   growing("KD", "kd.py", OF_KD, SOFT_LOSS)), measured=("soft loss",),
+        note=SOFT_NOTE),
     "skd-2": Table("SKD, Table 2", "do entropy and free energy part?", "cifar100", 3,
         by_teacher(growing("KD", "kd.py", "", KD_GAPS | {
                        "S teacher": "0.74 0.45 0.35 0.22 0.09",
                        "F teacher": "13.11 13.84 14.45 15.37 16.13"}),
                    growing("SKD", "skd.py", "", SKD_GAPS)), measured=GAPS),
-    "skd-3": Table("SKD, Table 3", "does SKD beat KD and AT?", "cifar100", 3, of_pairs(SKD, """
-            wrn40_2    wrn16_2   75.61 73.26 74.92 74.08 75.75
-            wrn40_2    wrn40_1   75.61 71.98 73.54 72.77 75.06
-            resnet56   resnet20  72.34 69.06 70.66 70.55 72.08
-            resnet110  resnet20  74.31 69.06 70.67 70.22 72.12
-            resnet110  resnet32  74.31 71.14 73.08 72.31 74.09
-            resnet32x4 resnet8x4 79.42 72.50 73.33 73.44 76.40
-            vgg13      vgg8      74.64 70.36 72.98 71.43 74.17""")),
+    "skd-3": Table("SKD, Table 3", "does SKD beat KD and AT?", "cifar100", 3,
+        of_pairs(SKD | {"FSP": "fsp.py"}, """
+            wrn40_2    wrn16_2   75.61 73.26 74.92 74.08 75.75 72.91
+            wrn40_2    wrn40_1   75.61 71.98 73.54 72.77 75.06 -
+            resnet56   resnet20  72.34 69.06 70.66 70.55 72.08 69.95
+            resnet110  resnet20  74.31 69.06 70.67 70.22 72.12 70.11
+            resnet110  resnet32  74.31 71.14 73.08 72.31 74.09 71.89
+            resnet32x4 resnet8x4 79.42 72.50 73.33 73.44 76.40 72.62
+            vgg13      vgg8      74.64 70.36 72.98 71.43 74.17 70.23"""), "cifar100-crd",
+        note="The paper's rows but SKD's are CRD's. FSP's pair of unlike widths, -, has connectors "
+             "here; its stage 1 has CRD's 30 epochs, at a rate and weight of ours."),
     "skd-4": Table("SKD, Table 4", "and from unlike networks?", "cifar100", 3,
         of_pairs(SLOW, "resnet50 mobilenetv2_half 79.34 64.60 67.35 58.58 69.26") +
         of_pairs(SKD, "resnet50 vgg8 79.34 70.36 73.81 71.84 74.41") + of_pairs(SLOW, """
@@ -258,7 +277,8 @@ TABLES = {
             resnet32x4 shufflenetv2     79.42 71.82 74.45 72.73 76.02
             wrn40_2    shufflenetv1     75.81 70.50 74.83 73.32 76.42""")),
     "skd-5": Table("SKD, Table 5 and Figure 1b", "and on ImageNet?", "imagenet", 1,
-        of_pairs({label: SKD[label] for label in ("baseline", "KD", "AT", "SKD")},
+        of_pairs({"baseline": "baseline", "KD": "kd.py", "AT": f"{SKD['AT']} --nesterov "
+                  "--milestones 0.3 0.6 0.8 0.9", "SKD": "skd.py"},
                  "imagenet_resnet34 imagenet_resnet18 69.8 69.20 70.70 72.80"), published=True),
     # its KD from ResNet34 is another number than Table 5's
     "skd-6": Table("SKD, Table 6", "from larger teachers on ImageNet?", "imagenet", 1,
@@ -272,7 +292,8 @@ TABLES = {
         by_teacher(growing("teacher", "teacher", OF_TEACHERS, {}),
                    growing("KD", "kd.py", OF_KD, KD_GAPS | SOFT_LOSS),
                    growing("SKD", "skd.py", "68.2 68.7 68.9 68.8 69.2",
-                           SKD_GAPS | {"soft loss": "0.9 1.2 1.3 1.4 1.6"})), measured=GAPS),
+                           SKD_GAPS | {"soft loss": "0.9 1.2 1.3 1.4 1.6"})), measured=GAPS,
+        note=SOFT_NOTE),
 }
 
 
@@ -635,32 +656,57 @@ def show(plan: Plan) -> None:
     split = "val" if "val" in plan.extra else "test"
     print(f"\n{plan.title}; {split} accuracy in per cent; {' '.join(sys.argv[1:])}")
     print_markdown(cells)
+    if plan.table.note and plan.of_paper:
+        print("\n" + plan.table.note)
     if plan.table.measured:
         show_measured(plan, tests)
 
 
-def list_runs(place: Path) -> None:
+def differences(settings: list[dict], left_out: Iterable[str] = ()) -> list[str]:
+    """Of each the settings that are not the same in all: ["temperature 2", "temperature 4"]."""
+    texts = [{} for _ in settings]
+    for text, own in zip(texts, settings):
+        for key, value in own.items():
+            if value is None or key in ("class_names", "mean", "std", *left_out):
+                continue        # what comes with the data set is long
+            values = value if isinstance(value, list) else [value]
+            words = [f"{word:g}" if isinstance(word, float) else str(word) for word in values]
+            text[key] = " ".join(words)[:8 if key == "teacher_hash" else None]
+    keys = [key for key in dict.fromkeys(key for text in texts for key in text)
+            if len({text.get(key) for text in texts}) > 1]
+    return [", ".join(f"{key.replace('_', '-')} {text[key]}" for key in keys if key in text)
+            for text in texts]
+
+
+def list_runs(place: Path, file: Path | None = None) -> None:
     """Every finished run, the seeds of equal settings in one line; the gain on the baseline."""
     tests, settings = {}, {}
     for run in runs_below(place):
         log, parts = complete(run), run.relative_to(place).parts
         if log and len(parts) >= 5 and "stage1" not in parts:
-            key = ("/".join(parts[:-5]), *parts[-5:-1],
+            key = ("/".join(parts[:-5]), *parts[-5:-1], str(len(log) - 1),
                    json.dumps(log[0]["settings"], sort_keys=True))
             tests.setdefault(key, {})[parts[-1]] = log[-1]["test"]
             settings[key] = log[0]["settings"].items()
     if not tests:
         raise UserError(f"{place} holds no finished run: name the folder of the runs, in which the "
                         f"data sets' lie, or a file of recorded runs")
-    lines = [["folder", "data", "recipe", "method", "networks", "accuracy, %", "seeds", "gain"]]
+    lines = [["folder", "data", "recipe", "method", "networks", "epochs", "mean accuracy %",
+              "std", "seeds", "gain", "settings that differ"]]
     for key, own in tests.items():
+        alike = [other for other in tests if other[1:5] == key[1:5]]
+        named = differences([dict(settings[other]) for other in alike], ["epochs"])
         alone = (*key[1:3], "baseline", key[4].split("-")[-1])
         # its settings decide, in any folder
         bases = [tests[other] for other in tests if other[1:5] == alone != key[1:5]
                  and settings[other] <= settings[key] and own.keys() <= tests[other].keys()]
         told = gain(own, bases[0]).split(" ")[0] if bases else ""
-        lines.append([*key[:5], spread([*own.values()]), str(len(own)), told])
+        middle, _, std = spread([*own.values()]).partition(" ± ")
+        lines.append([*key[:6], middle, std, str(len(own)), told, named[alike.index(key)]])
     print_aligned(lines)
+    if file:
+        with file.open("w", newline="") as opened:
+            csv.writer(opened).writerows(lines)
 
 
 def record(source: Path, target: Path) -> None:
@@ -824,6 +870,22 @@ def ensemble(of: list[Outputs]) -> float:
     return 100 * together.double().mean().item()
 
 
+OF_OUTPUTS = """
+accuracy       images classified correctly, in per cent; higher is better
+cross-entropy  with the labels, in nats per image; lower is better
+KL             from the teacher's probabilities, tau = 1, in nats; lower: more like the teacher
+ensemble       accuracy of the runs' mean probabilities, in per cent; higher is better"""
+OF_GAPS = """
+tau            what the logits are divided by; aligned: scaled as SKD's loss compares them
+S              entropy of softmax(logits / tau), in nats, 0 (certain) to log K; neither is better
+G_entropy      S student - S teacher, in nats; nearer to 0: as certain as the teacher
+theorem 1      what G_entropy should be by SKD's Theorem 1, its constant halved, in nats
+F              free energy, tau log sum exp(logits / tau), in logits; no direction is better
+G_f            F teacher - F student, in logits; nearer to 0: a better match
+G_f centred    G_f of logits whose mean was subtracted, image by image
+theorem 2      what G_f centred should be by SKD's Theorem 2, in logits"""
+
+
 def measure(runs: list[Path], data_dir: Path | None) -> None:
     measured, lines = [], []
     for run in (run.resolve() for run in runs):
@@ -841,9 +903,11 @@ def measure(runs: list[Path], data_dir: Path | None) -> None:
                           *(f"{round(value, 4) + 0:.4f}" for value in values.values())])
     if lines:
         print_aligned([["run", "tau", *values], *lines])
+        print(OF_GAPS)
     if len(runs) > 1:
         print(f"average {mean(one.accuracy for one in measured):.2f} %, "
               f"ensemble {ensemble(measured):.2f} %")
+    print(OF_OUTPUTS)
 
 
 def measurements(plan: Plan, row: Row, runs: list[Path]) -> dict[str, dict]:
@@ -964,6 +1028,7 @@ def main() -> None:
     add = parser.add_argument
     add("name", nargs="?", choices=TABLES, metavar="TABLE", help="one of the list, named first")
     add("--table", type=Path, metavar="DIR", help="a folder of runs, or a file of recorded ones")
+    add("--csv", type=Path, metavar="FILE", help="write what --table prints into a file, too")
     add("--record", type=Path, nargs=2, metavar=("DIR", "FILE"), help="keep the logs of runs")
     add("--measure", type=Path, nargs="+", metavar="RUN", help="runs' folders")
     add_plan_flags(add)
@@ -975,13 +1040,15 @@ def main() -> None:
     alone = args.table or args.measure or args.record or not args.name
     if extra and (alone or not extra[0].startswith("--")):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if args.csv and not args.table:
+        parser.error("--csv: only with --table")
     for flag in {group[0] for group in options(extra)} & set(TAKEN):
         parser.error(f"{flag}: not for a whole table")
     if args.name and file_of(args.out) and not args.show:
         parser.error(f"{args.out} holds recorded runs, to which none is added so: give --show")
     try:
         if args.table:
-            list_runs(args.table)
+            list_runs(args.table, args.csv)
         elif args.record:
             record(*args.record)
         elif args.measure:
