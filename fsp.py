@@ -153,10 +153,9 @@ def losses(student, teacher, images, labels, args) -> tuple[Tensor, dict[str, Te
 def lambda_of(teacher: nn.Module, loader, seed: int, args: argparse.Namespace) -> float:
     """lambda_i of Eq. 2, equal for all pairs: departure 2, on the first batch there is."""
     loader.set_epoch(0, seed)
-    images, _ = next(iter(loader))
-    taps = teacher(images, taps=True)
+    taps = teacher(next(iter(loader))[0], taps=True)
     squares = [fsp_matrix(*pair).square().sum() for pair in zip(taps.entries, taps.stages)]
-    size = torch.stack(squares).sum() / len(images)
+    size = torch.stack(squares).sum() / len(taps.logits)
     if args.world > 1:
         distributed.all_reduce(size)
     return args.fsp_weight * args.world / size.item()
@@ -333,9 +332,10 @@ def read_run(folder) -> dict:
     """What a run keeps in last.pt; {} where there is none."""
     path = folder / "last.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-    except Exception as error:      # each kind of damage fails in its own way
-        raise UserError(f"{path} is damaged, remove it to train anew: {error}") from None
+        kept = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        return kept and {"log": kept["log"], **kept}
+    except Exception as error:      # each kind of damage, or other file, fails in its own way
+        raise UserError(f"{path} is damaged or not a run's: remove it ({error})") from None
 
 
 def write_run(folder, model, optimizer, log, loader, args):

@@ -302,9 +302,10 @@ def read_run(folder) -> dict:
     """What a run keeps in last.pt; {} where there is none."""
     path = folder / "last.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-    except Exception as error:      # each kind of damage fails in its own way
-        raise UserError(f"{path} is damaged, remove it to train anew: {error}") from None
+        kept = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        return kept and {"log": kept["log"], **kept}
+    except Exception as error:      # each kind of damage, or other file, fails in its own way
+        raise UserError(f"{path} is damaged or not a run's: remove it ({error})") from None
 
 
 def write_run(folder, model, optimizer, log, loader, args):

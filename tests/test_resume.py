@@ -1,5 +1,6 @@
 """Killed at any moment, a run comes out of the same command to the same bits."""
 import importlib
+import io
 import json
 import runpy
 import signal
@@ -82,7 +83,7 @@ def test_every_script_goes_on_after_its_last_epoch(script, cli, tmp_path, monkey
 
 
 def test_what_is_not_gone_on_with(cli, tmp_path, monkeypatch):
-    """Other settings in the middle of a run, and a last.pt cut short: a line each time."""
+    """Other settings in the middle of a run, a last.pt cut short, or weights alone: a line each."""
     flags, kd = [*FLAGS, "--out", tmp_path], importlib.import_module("kd")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(kd, "evaluate", dying(kd.evaluate, 4))    # of the student's second epoch
@@ -93,8 +94,10 @@ def test_what_is_not_gone_on_with(cli, tmp_path, monkeypatch):
         whole = path.read_bytes()
         for length in (0, 1, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:length])
-            assert f"{path} is damaged, remove it" in cli("kd", *flags).refused()
+            assert f"{path} is damaged or not a run's: remove it" in cli("kd", *flags).refused()
             assert path.read_bytes() == whole[:length]
+        torch.save(torch.load(io.BytesIO(whole))["model"], path)
+        assert "not a run's" in cli("kd", *flags).refused()
         path.write_bytes(whole)
     assert cli("kd", *flags).out.count("images/s") == 1, "the one that was left"
 
