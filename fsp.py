@@ -17,7 +17,7 @@ matrices, with no labels; stage 2 starts from these weights and is ordinary trai
 
 Run:
     T=runs/shapes/shapes/baseline/wrn16_3/seed0/last.pt  the teacher of kd.py --dataset shapes
-    python fsp.py --dataset shapes --epochs 11 --teacher-ckpt $T     4 + 11 epochs: 81.9 % (5 seeds)
+    python fsp.py --dataset shapes --epochs 11 --teacher-ckpt $T     4 + 11 epochs: 81.2 % (5 seeds)
     python fsp.py --teacher resnet26 --student resnet8   CIFAR-10, 54 + 164 epochs, a GPU
     python tests/tools/reproduce.py fsp-1                Table 1, CIFAR-100: three students in a
                                                          third of the iterations, their ensemble
@@ -158,7 +158,7 @@ def lambda_of(teacher: nn.Module, loader, seed: int, args: argparse.Namespace) -
     size = torch.stack(squares).sum() / len(taps.logits)
     if args.world > 1:
         distributed.all_reduce(size)
-    return args.fsp_weight * args.world / size.item()
+    return args.fsp_weight * args.world / max(size.item(), 1e-9)
 
 
 def freeze_unused(model: nn.Module, teacher: nn.Module, size: int, args: argparse.Namespace):
@@ -228,7 +228,8 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:        # the first process prints the error, then torchrun ends the sleeping ones
-        sys.stdout, parser.error = open(os.devnull, "w"), lambda message: time.sleep(10)
+        sys.stdout = open(os.devnull, "w")
+        parser.error = lambda message: sys.exit(time.sleep(10) or f"error: {message}")
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     devices = [*gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"]
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
@@ -275,7 +276,7 @@ def parse_args() -> argparse.Namespace:
     if args.device == "cuda":       # under torchrun each process has a GPU of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.device not in devices:
-        parser.error(f"--device {args.device} is not here: choose from {', '.join(devices)}")
+        parser.error(f"no {args.device} here, but {', '.join(devices)}; start fewer processes?")
     args.rank, args.world, args.device_type = rank, world, args.device.split(":")[0]
     args.place = args.out.expanduser() / args.dataset / args.recipe
     if args.device_type == "cuda":
@@ -311,7 +312,7 @@ def as_cuda_graph(step, args):
     graph, side, warm, held = torch.cuda.CUDAGraph(), torch.cuda.Stream(), [], []
 
     def replay(images, labels):
-        if len(labels) < args.batch_size or len(warm) < 4:      # as written, as torch asks
+        if len(labels) < args.batch_size or len(warm) < 4:      # warm-up, or an odd last batch
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 warm.append(step(images, labels))
@@ -333,7 +334,7 @@ def read_run(folder) -> dict:
     path = folder / "last.pt"
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        return kept and {"log": kept["log"], **kept}
+        return kept and {"log": kept["log"], "whole": kept["whole"], **kept}
     except Exception as error:      # each kind of damage, or other file, fails in its own way
         raise UserError(f"{path} is damaged or not a run's: remove it ({error})") from None
 
@@ -417,7 +418,7 @@ def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
                 distributed.broadcast(buffer, 0)
         means = dict(zip(names, (sums / (seen * args.world)).tolist()))
         if not math.isfinite(sum(means.values())):
-            raise UserError(f"epoch {epoch}: {means} is not finite: lower --lr, in another --out")
+            raise UserError(f"epoch {epoch}: {means} is not finite: lower its rate or weight")
         speed = seen * args.world / (time.perf_counter() - start)       # without the evaluation
         log.append({"epoch": epoch, **means, "lr": lr, "test": evaluate(model, loaders[1], args),
                     "images/s": speed, "seconds": time.perf_counter() - start})
@@ -433,7 +434,7 @@ def get_teacher(loaders, args) -> nn.Module:
     """The frozen teacher: --teacher-ckpt, or the baseline of its network, trained where absent."""
     teacher = build(args.teacher, 0, loaders[0], args)
     run = f"baseline/{args.teacher}" + (f"-{args.teacher_epochs}" if args.teacher_epochs else "")
-    path = args.teacher_ckpt or args.place / run / "seed0/last.pt"
+    path = (args.teacher_ckpt or args.place / run / "seed0/last.pt").expanduser()
     log = [] if args.teacher_ckpt else read_run(path.parent).get("log", [])
     finished = log and len(log) > (args.teacher_epochs or log[0]["settings"]["epochs"])
     if not args.teacher_ckpt and not finished:

@@ -149,7 +149,7 @@ def test_a_full_disk_loses_nothing(cli, out, monkeypatch):
 def test_a_loss_that_is_not_finite_ends_the_run(cli, out, monkeypatch):
     """Too large a rate, and pixels that are none, in every script: the terms are named."""
     line = cli("kd", *SMALL, "--out", out, "--epochs", "9", "--lr", "1e6", "--baseline").refused()
-    epoch = int(re.search(r"epoch (\d).*'ce': (nan|inf).*not finite.*--lr", line)[1])
+    epoch = int(re.search(r"epoch (\d).*'ce': (nan|inf).*not finite.*rate", line)[1])
     kept = state(out / BASELINE)
     assert len(kept["log"]) == epoch, "the epoch before it is kept"
     assert all(value.isfinite().all() for value in kept["whole"].values())

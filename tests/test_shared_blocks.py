@@ -19,8 +19,8 @@ PACKAGES = {"torch", "torchvision", "numpy", "common"}
 # networks and data, and nothing else
 FROM_COMMON = {"UserError", "create_model", "model_names", "load_weights", "check_pair",
                "load_data", "DATASETS", "Taps", "Loader"}
-BUDGET = {"kd.py": 397, "at.py": 429, "skd.py": 461, "atang.py": 491, "fsp.py": 491,
-          "overhaul.py": 498, "common.py": 1180, "README.md": 190}
+BUDGET = {"kd.py": 398, "at.py": 430, "skd.py": 462, "atang.py": 492, "fsp.py": 492,
+          "overhaul.py": 499, "common.py": 1180, "README.md": 190}
 
 
 def scripts(root: Path) -> list[Path]:
@@ -124,7 +124,7 @@ def test_the_budget_of_lines(name):
 
 
 def test_the_shared_text_is_short():
-    assert blocks(ROOT / "kd.py")["the run"].count("\n") <= 279
+    assert blocks(ROOT / "kd.py")["the run"].count("\n") <= 280
 
 
 def test_kd_and_at_differ_by_the_lesson():
