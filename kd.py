@@ -182,7 +182,7 @@ def parse_args() -> argparse.Namespace:
     if args.device == "cuda":       # under torchrun each process has a GPU of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.device not in devices:
-        parser.error(f"no {args.device} here, but {', '.join(devices)}; start fewer processes?")
+        parser.error(f"--device {args.device}: here are {', '.join(devices)}, one per process")
     args.rank, args.world, args.device_type = rank, world, args.device.split(":")[0]
     args.place = args.out.expanduser() / args.dataset / args.recipe
     if args.device_type == "cuda":
