@@ -345,8 +345,8 @@ def complete(run: Path) -> list[dict]:
 
 def student_of(run: Path) -> str:
     """The name of a run's network."""
-    names = run.parent.name.split("-")
-    return names[0 if run.parent.parent.name == "baseline" else -1]
+    names = [part for part in run.parent.name.split("-") if not part.isdigit()]
+    return names[-1]        # of wrn16_3-wrn16_1, and of an early-stopped wrn16_3-100
 
 
 def options(words: Iterable[str]) -> list[list[str]]:
