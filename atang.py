@@ -334,7 +334,7 @@ def read_run(folder) -> dict:
     path = folder / "last.pt"
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        return kept and {"log": kept["log"], "whole": kept["whole"], **kept}
+        return kept and {"log": kept["log"], "whole": kept["whole"], **kept}    # or a KeyError
     except Exception as error:      # each kind of damage, or other file, fails in its own way
         raise UserError(f"{path} is damaged or not a run's: remove it ({error})") from None
 

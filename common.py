@@ -577,9 +577,9 @@ def read_checkpoint(path: Path) -> dict:
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # each kind of damage fails in its own way
-        reason = f": {error.strerror}" if getattr(error, "filename", None) else (
-            " " + what_is_wrong(path, str(error)))
-        raise UserError(f"{path}{reason}") from None
+        if getattr(error, "filename", None):        # absent, or not to be read
+            raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path} {what_is_wrong(path, str(error))}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not the weights of a network")
     return state

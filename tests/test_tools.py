@@ -244,7 +244,7 @@ def test_measurements_of_finished_runs(cli, tmp_path):
         assert line.endswith(f"test accuracy {accuracy:.2f} %, cross-entropy {ce:.4f}, "
                              f"KL(teacher || student) {kl:.4f}")
     together = 100 * (sum(map(softmax, z)).argmax(1) == labels).mean()
-    assert f"average {np.mean(tests):.2f} %, ensemble {together:.2f} %" in lines
+    assert lines[-6] == f"average {np.mean(tests):.2f} %, ensemble {together:.2f} %", "the legend"
     columns = {re.sub(" (student|teacher)", "", name) for name in re.split("  +", lines[2])[1:]}
     for name in columns | {"accuracy", "cross-entropy", "KL", "ensemble"}:
         assert sum(line.startswith(f"{name}  ") for line in lines) == 1, f"no legend of {name}"
