@@ -1,12 +1,10 @@
 """Every script through its command line: what a run does, prints and keeps."""
-import contextlib
 import importlib
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -32,21 +30,6 @@ def student(script: str, seed: int = 0) -> str:
 
 def log_of(folder: Path) -> list[dict]:
     return state(folder)["log"]
-
-
-@contextlib.contextmanager
-def stopped(script: str, steps: int):
-    """What is begun in here ends after so many steps, by Ctrl-C."""
-    module, left = importlib.import_module(script), iter(range(steps))
-    real = module.losses
-
-    def losses(*args):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with mock.patch.object(module, "losses", losses), pytest.raises(KeyboardInterrupt):
-        yield
 
 
 @pytest.fixture
@@ -125,25 +108,6 @@ def test_a_seed_alone_is_that_seed_among_others(cli, tmp_path):
     for run in (TEACHER, student("kd", 1)):
         assert equal_bits(result_of(both / run), result_of(one / run))
     assert not equal_bits(*(state(both / student("kd", seed))["model"] for seed in range(2)))
-
-
-def test_stopped_before_the_first_epoch_and_after_it(cli, out, monkeypatch):
-    """Settings are kept before the first epoch; the same command goes on, to the same bits."""
-    flags, folder, version = [*SMALL, "--out", out], out / student("at"), torch.__version__
-    assert cli("at", *flags).code == 0
-    whole = result_of(folder)
-    shutil.rmtree(folder)
-    for epochs, steps in ((0, 0), (1, 7)):      # in the first step of all, and of the second epoch
-        with stopped("at", steps):
-            cli("at", *flags)
-        log = log_of(folder)
-        assert len(log) == 1 + epochs and log[0]["settings"] == whole["settings"]
-        assert "another lr (0.05, now 0.1)" in cli("at", *flags, "--lr", "0.1").refused()
-        monkeypatch.setattr(torch, "__version__", f"9.{epochs}")
-    assert cli("at", *flags).code == 0
-    assert equal_bits(result_of(folder), whole)
-    versions = " ".join(log_of(folder)[0]["versions"])
-    assert re.findall(r"torch ([^ ,]+)", versions) == [version, "9.0", "9.1"], "who went on with it"
 
 
 def test_distillation_may_stop(cli, out):

@@ -82,13 +82,6 @@ def test_milestones_are_fractions_of_all_epochs(cli, tmp_path):
         assert [row["lr"] for row in log[1:]] == pytest.approx(rates), run
 
 
-def test_every_epoch_of_every_seed_draws_its_own_dropout(cli, tmp_path, monkeypatch):
-    seeds, real = [], kd.losses
-    monkeypatch.setattr(kd, "losses", lambda *x: seeds.append(torch.initial_seed()) or real(*x))
-    assert cli("kd", *FEW, "--runs", 2, "--out", tmp_path).code == 0
-    assert len(seeds) == 12 and len(set(seeds[::3])) == 4
-
-
 def test_accuracy_is_measured_in_the_precision_of_training():
     dtypes, (_, test) = [], common.load_data("shapes", "", 32, "cpu", augment=True, seed=0)
 

@@ -1,9 +1,12 @@
 """Where the teacher comes from: trained, gone on with, loaded, refused."""
+import importlib
 import shutil
 
+import pytest
 import torch
 from conftest import SMALL, equal_bits, result_of, state
-from test_runs import PLACE, TEACHER, log_of, out, stopped, student  # noqa: F401
+from test_resume import Killed, dying
+from test_runs import PLACE, TEACHER, log_of, out, student  # noqa: F401
 
 import common
 
@@ -22,11 +25,13 @@ def test_a_teacher_is_trained_by_the_recipe(cli, tmp_path):
     assert log_of(tmp_path / "1" / TEACHER)[0]["settings"]["lr"] == 0.05
 
 
-def test_an_unfinished_teacher_goes_on(cli, out):
+def test_an_unfinished_teacher_goes_on(cli, out, monkeypatch):
     """A killed run must never teach half trained."""
     whole = result_of(out / TEACHER)
     shutil.rmtree(out / TEACHER)
-    with stopped("at", 7):
+    at = importlib.import_module("at")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(at, "losses", dying(at.losses, 8))
         cli("at", *SMALL, "--out", out)
     assert len(log_of(out / TEACHER)) == 2 and not (out / student("at")).exists()
     done = cli("kd", *SMALL, "--out", out, "--lr", "0.01")

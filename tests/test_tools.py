@@ -300,17 +300,6 @@ def test_bad_arguments_and_the_list_of_all_tables(cli, tmp_path):
     assert all(f"\n{name} " in listed for name in reproduce.TABLES)
 
 
-def test_energy_share_is_that_of_squares_over_the_mask():
-    """In NumPy: the map laid over the picture; a uniform map has the object's area."""
-    mask = np.random.default_rng(0).random((4, 4)) < 0.4
-    heat = np.array([[3.0, 1.0], [0.0, 4.0]])
-    laid = np.kron(heat, np.ones((2, 2)))
-    maps = torch.tensor(np.stack([heat, np.full((2, 2), 0.7), np.zeros((2, 2))]))
-    shares = look.energy_share(maps, torch.tensor(mask).expand(3, 4, 4))
-    assert shares[0].item() == pytest.approx((laid * mask).sum() / laid.sum())
-    assert shares[1].item() == pytest.approx(mask.mean()) and shares[2].isnan()
-
-
 @pytest.mark.parametrize("classes", [None, [0, 2, 1, 1]])
 def test_grad_cam_is_the_papers_equations(classes):
     """Eq. 1 and 2 in NumPy, of two 1x1 convolutions and a linear head over means."""
