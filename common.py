@@ -10,6 +10,7 @@
 """
 import argparse
 import ctypes
+import hashlib
 import inspect
 import math
 import os
@@ -33,8 +34,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models import get_weight
+from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 from torchvision.transforms._functional_pil import Image, ImageOps     # PIL's own
+from torchvision.tv_tensors import Image as Picture, Mask
 
 warnings.filterwarnings("ignore", module=r"PIL\.")    # of oddities; what it cannot read is an error
 
@@ -80,6 +84,12 @@ class Network(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
+        x, *maps = self.maps(x)
+        logits = self.classifier(self.dropout(x.mean((2, 3))))
+        return Taps(logits, *maps) if taps else logits
+
+    def maps(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """What the classifier averages, and the three lists of Taps."""
         entries, stages, pre_relu = [], [], []
         x = self.stem(x)
         for number, group in enumerate(self.groups):
@@ -99,8 +109,7 @@ class Network(nn.Module):
             x = self.activation(x)
             if self.last_stage_is_head:
                 stages[-1] = x
-        logits = self.classifier(self.dropout(x.mean((2, 3))))
-        return Taps(logits, entries, stages, pre_relu) if taps else logits
+        return x, entries, stages, pre_relu
 
 
 def initialise(network: nn.Module) -> None:
@@ -324,11 +333,15 @@ MOBILENETS = {
     "mobilenetv2_half": ((16, 2), 1280, F.relu, [[(1, 8, 1, 1), (6, 12, 2, 1)],
                                                  [(6, 16, 3, 2)],
                                                  [(6, 32, 4, 2), (6, 48, 3, 1)],
-                                                 [(6, 80, 3, 2), (6, 160, 1, 1)]])}
+                                                 [(6, 80, 3, 2), (6, 160, 1, 1)]]),
+    "imagenet_mobilenetv2": ((32, 2), 1280, F.relu6, [[(6, 24, 2, 2)],
+                                                      [(6, 32, 3, 2)],
+                                                      [(6, 64, 4, 2), (6, 96, 3, 1)],
+                                                      [(6, 160, 3, 2), (6, 320, 1, 1)]])}
 
 
 def mobilenetv2(form: str, num_classes: int, dropout: float | None = None) -> Network:
-    """MobileNetV2 (Sandler et al. 2018) for small images, in the two forms of the papers' tables.
+    """MobileNetV2 (Sandler et al. 2018) for ImageNet, and in two forms for small images.
 
     mobilenetv2: the ATang paper's Table 4, whose last stage ends after the 1x1 convolution to 640
     channels, with its authors' dropout; mobilenetv2_half: the CIFAR-100 tables'.
@@ -336,7 +349,12 @@ def mobilenetv2(form: str, num_classes: int, dropout: float | None = None) -> Ne
     (channels, stem_stride), last, activation, layout = MOBILENETS[form]
     of_atang = form == "mobilenetv2"
     stem = nn.Sequential(nn.Conv2d(3, channels, 3, stem_stride, 1, bias=False),
-                         nn.BatchNorm2d(channels), nn.ReLU6() if of_atang else nn.ReLU())
+                         nn.BatchNorm2d(channels),
+                         nn.ReLU() if activation is F.relu else nn.ReLU6())
+    if form == "imagenet_mobilenetv2":      # its first block has another size than the second
+        stem.append(Conv2dNormActivation(32, 32, groups=32, activation_layer=nn.ReLU6))
+        stem.append(Conv2dNormActivation(32, 16, 1, activation_layer=None))
+        channels = 16
     groups, stage_channels = nn.ModuleList(), []
     for rows in layout:
         blocks = nn.ModuleList()
@@ -464,6 +482,64 @@ def mobilenet(num_classes: int) -> Network:
     return Network(stem, groups, None, channels[1:], norms, num_classes)
 
 
+def dilate(group: nn.ModuleList, rates: Sequence[int]) -> None:
+    """Take the stride out of a group; instead each block's 3x3 convolutions look farther apart."""
+    for block, rate in zip(group, rates, strict=True):
+        for conv in block.modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (rate, rate)
+
+
+class DeepLab(nn.Module):
+    """DeepLabV3+ (Chen et al. 2018): a class for each pixel, logits (N, num_classes, H, W).
+
+    The last group has dilation in place of its stride. Of Taps it has pre_relu: in front of the
+    first ReLU after each group, of ASPP's last, and of the one before the classifier.
+    """
+    pixels, stage_channels = True, ()
+
+    def __init__(self, backbone: str, dilations: Sequence[int], num_classes: int,
+                 rates: Sequence[int] = (6, 12, 18), width: int = 256, low: int = 48,
+                 dropout: bool = True):
+        super().__init__()
+        self.backbone = backbone = create_model(backbone, num_classes)
+        self.dropout = dropout
+        dilate(backbone.groups[-1], dilations)
+        del backbone.classifier
+        if backbone.head is not None:       # MobileNetV2's last 1x1 convolution is left out
+            backbone.head = backbone.activation = nn.Identity()
+            backbone.pre_relu_norms[-1] = backbone.groups[-1][-1].norm3
+        channels = backbone.stage_channels
+        self.aspp = ASPP(channels[-1], rates, width)
+        self.low = Conv2dNormActivation(channels[0], low, 1)
+        self.mix = Conv2dNormActivation(width + low, width)
+        self.refine = Conv2dNormActivation(width, width, activation_layer=None)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        initialise(self)
+        # as the overhaul's authors weigh them; the last map has 4 ** (groups - 2) times the pixels
+        halved = [0.5 ** number for number in reversed(range(len(channels)))]
+        self.layer_weights = [*halved, 1.0, 4.0 ** (2 - len(channels))]
+        self.pre_relu_norms = [*backbone.pre_relu_norms, self.aspp.project[1], self.refine[1]]
+        self.pre_relu_channels = [norm.num_features for norm in self.pre_relu_norms]
+
+    def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
+        # the overhaul distils without dropout (its Appendix B)
+        drop = partial(F.dropout, training=self.dropout and self.training and not taps)
+        resize = partial(F.interpolate, mode="bilinear", align_corners=True)
+        size = x.shape[2:]
+        x, _, stages, pre_relu = self.backbone.maps(x)
+        y = self.aspp.project[:2](torch.cat([branch(x) for branch in self.aspp.convs], 1))
+        pre_relu.append(y)
+        y = resize(drop(F.relu(y), 0.5), size=stages[0].shape[2:])
+        y = self.refine(drop(self.mix(torch.cat([y, self.low(stages[0])], 1)), 0.5))
+        pre_relu.append(y)
+        logits = resize(self.classifier(drop(F.relu(y), 0.1)), size=size)
+        return Taps(logits, pre_relu=pre_relu) if taps else logits
+
+
+SMALL = dict(rates=(2, 4), dropout=False)       # DeepLab's for scenes
 NARROW, WIDE = [64, 64, 128, 256, 512], [64, 256, 512, 1024, 2048]
 # Each makes a network of num_classes; any depth and width of wrn and resnet is known beside them.
 MAKERS = {
@@ -479,11 +555,18 @@ MAKERS = {
     "imagenet_resnet50": partial(resnet, Bottleneck, [3, 4, 6, 3], WIDE, imagenet=True),
     "imagenet_resnet101": partial(resnet, Bottleneck, [3, 4, 23, 3], WIDE, imagenet=True),
     "imagenet_resnet152": partial(resnet, Bottleneck, [3, 8, 36, 3], WIDE, imagenet=True),
-    "imagenet_mobilenet": mobilenet}
+    "imagenet_mobilenet": mobilenet,
+    "imagenet_mobilenetv2": partial(mobilenetv2, "imagenet_mobilenetv2"),
+    "deeplab_resnet8": partial(DeepLab, "resnet8", [2], width=32, low=12, **SMALL),
+    "deeplab_resnet8_half": partial(DeepLab, "resnet8_half", [2], width=16, low=6, **SMALL),
+    "deeplab_resnet18": partial(DeepLab, "imagenet_resnet18", [2, 2]),
+    "deeplab_resnet50": partial(DeepLab, "imagenet_resnet50", [2, 4, 8]),
+    "deeplab_resnet101": partial(DeepLab, "imagenet_resnet101", [2, 4, 8]),
+    "deeplab_mobilenetv2": partial(DeepLab, "imagenet_mobilenetv2", [1, 1, 1, 2])}
 
 
-def create_model(name: str, num_classes: int, **kw) -> nn.Module:
-    """The network called `name`, freshly initialised; `kw` goes to its maker (dropout=0.0)."""
+def create_model(name: str, num_classes: int, pixels: bool | None = None, **kw) -> nn.Module:
+    """The network called `name`, new; for a class per pixel, or not; `kw` goes to its maker."""
     if name in MAKERS:
         make = MAKERS[name]
     elif match := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
@@ -491,8 +574,9 @@ def create_model(name: str, num_classes: int, **kw) -> nn.Module:
         if depth < 10 or depth % 6 != 4 or width < 1:
             raise UserError(f"{name}: wrn has a depth of 6n+4 and a width from 1 on, as in wrn16_3")
         make = partial(wide_resnet, depth, width)
-    elif match := re.fullmatch(r"resnet(\d{1,4})(x4)?", name):
-        depth, channels = int(match[1]), [32, 64, 128, 256] if match[2] else [16, 16, 32, 64]
+    elif match := re.fullmatch(r"resnet(\d{1,4})(x4|_half)?", name):
+        widths = {None: [16, 16, 32, 64], "x4": [32, 64, 128, 256], "_half": [8, 8, 16, 32]}
+        depth, channels = int(match[1]), widths[match[2]]
         if depth < 8 or depth % 6 != 2:
             raise UserError(f"{name}: resnet has a depth of 6n+2, as in resnet20 or resnet8x4")
         make = partial(resnet, BasicBlock, [(depth - 2) // 6] * 3, channels)
@@ -500,6 +584,10 @@ def create_model(name: str, num_classes: int, **kw) -> nn.Module:
         raise UserError(f"unknown network {name}; known are {', '.join(model_names())}")
     network = make(num_classes=num_classes, **kw)
     network.name = name
+    if pixels is not None and pixels != getattr(network, "pixels", False):
+        each, other = ("pixel", "deeplab_resnet8") if pixels else ("picture", "wrn16_1")
+        raise UserError(f"these data have a class for each {each}, which {name} does not give; "
+                        f"{other} does")
     return network
 
 
@@ -617,8 +705,13 @@ def published_weights(name: str) -> dict:
 
 
 def own_names(keys: list[str]) -> list[str]:
-    """What our networks call a file's keys: no wrapper's prefix, torchvision's ResNets as ours."""
+    """What our networks call a file's keys: no wrapper's prefix, torchvision's networks as ours."""
     names = [re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)) for key in keys]
+    if "features.18.0.weight" in names:     # MobileNetV2's layers stand in the same order
+        counted = any("tracked" in name for name in names)
+        with torch.device("meta"):
+            ours = create_model("imagenet_mobilenetv2", 10).state_dict()
+        return [name for name in ours if counted or "tracked" not in name]
     if not {"layer1.0.conv1.weight", "fc.weight"} <= set(names):
         return names
     last = "3" if "layer1.0.conv3.weight" in names else "2"
@@ -631,13 +724,16 @@ def own_names(keys: list[str]) -> list[str]:
     return ours
 
 
-def load_weights(network: nn.Module, path: str | Path, settings: dict | None = None) -> dict:
-    """Load all weights of a network from a file, or raise UserError; return what else it holds.
+def load_weights(network: nn.Module, path: str | Path, settings: dict | None = None,
+                 start: bool = False) -> dict:
+    """Load all weights of a network from a file, or raise UserError; return their "hash" and what
+    else the file holds.
 
     A file is a checkpoint of any of the scripts, a state_dict, or holds one under one of the usual
     keys, also as saved from within DistributedDataParallel or torch.compile; or, of torchvision's
-    ResNets, the name of published weights. settings: a loader's, whose classes and split a script's
-    checkpoint must have learnt.
+    networks, the name of published weights. settings: a loader's, whose classes and split a
+    script's checkpoint must have learnt. start: to train on from there; a classifier's file fits
+    DeepLab too, and what stands behind the groups may be of other classes: it stays as it is.
     """
     path = Path(path).expanduser()
     if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not path.exists():
@@ -650,10 +746,15 @@ def load_weights(network: nn.Module, path: str | Path, settings: dict | None = N
             rest = dict(weights)
             weights = rest.pop(key)
             break
+    names = own_names(list(weights))
+    if start and not any(name.startswith("backbone.") for name in names):
+        network = getattr(network, "backbone", network)
     expected, loaded = network.state_dict(), {}
-    for (key, value), name in zip(weights.items(), own_names(list(weights))):
+    for (key, value), name in zip(weights.items(), names):
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        wanted = tuple(expected[name].shape) if name in expected else "unknown to this network"
+        wanted = tuple(expected[name].shape) if name in expected else "one of this network's"
+        if found != wanted and start and name.startswith(("classifier.", "head.")):
+            continue
         if found != wanted:
             raise UserError(f"{path} is of another network or number of classes: its {key} is "
                             f"{found}, not {wanted}")
@@ -662,19 +763,21 @@ def load_weights(network: nn.Module, path: str | Path, settings: dict | None = N
                             f"it had failed")
         loaded[name] = value
     for name in expected:       # files of old lack the counts of batches
-        if name not in loaded and not name.endswith("num_batches_tracked"):
+        left = name.endswith("num_batches_tracked") or start and name.startswith("classifier.")
+        if name not in loaded and not left:
             raise UserError(f"{path} is of another network or number of classes: it has no {name}")
     network.load_state_dict(loaded, strict=False)
-    for key in ("class_names", "split") if settings and "script" in rest else ():
+    for key in ("class_names", "split") if settings and {"script", "log"} <= rest.keys() else ():
         if (learnt := rest["log"][0]["settings"][key]) != settings[key]:
             raise UserError(f"{path} has learnt another {key}: {str(learnt)[:100]}")
-    return rest
+    whole = b"".join(x.cpu().numpy().tobytes() for x in network.state_dict().values())
+    return rest | {"hash": hashlib.sha256(whole).hexdigest()[:8]}
 
 
 # --- Data sets ----------------------------------------------------------------------------------
 
 DATASETS = {"cifar10": 32, "cifar100": 32, "cinic10": 32, "folder": 32, "imagenet": 224,
-            "shapes": 16}       # the usual size of an image, in pixels
+            "scenes": 32, "shapes": 16, "voc": 513}     # the usual size of an image, in pixels
 FOLDERS = {"cinic10": ("train", "test", "valid"), "folder": ("train", "test", "val", "valid"),
            "imagenet": ("train", "val")}
 
@@ -701,7 +804,7 @@ def rank0_first(fetch: Callable) -> object:
 class Split(NamedTuple):
     """One split of a data set, whole."""
     images: Tensor | np.ndarray    # (N, H, W, 3) uint8; of images in files their paths, (N,)
-    labels: Tensor                 # (N,) int64
+    labels: Tensor                 # (N,) int64; of pixels (N, H, W), but zeros for those in files
     masks: Tensor | None = None    # (N, H, W) bool, where the object is; shapes only
 
 
@@ -721,6 +824,7 @@ class Loader:
         self.batch_size, self.shuffle = batch_size, shuffle
         self.size, self.seed, self.epoch = size, seed, 0
         self.settings = {}      # what decides the images; filled in by load_data
+        self.pixels = False     # whether each pixel has a label; by load_data, too
         self.rank, self.world = processes()
         self.mean = [value / 255 for value in mean.tolist()]
         self.std = [value / 255 for value in std.tolist()]
@@ -736,6 +840,23 @@ class Loader:
         """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, channels_last in memory."""
         return images.float().sub_(self.pixel_mean).div_(self.pixel_std).permute(0, 3, 1, 2)
 
+    def confusion(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """How often each class (row) was taken for each (column), (K, K); -100 is no label."""
+        pairs = (labels * self.num_classes + logits.argmax(1))[labels >= 0]
+        return pairs.bincount(minlength=self.num_classes ** 2).view(self.num_classes, -1)
+
+    def score(self, confusion: Tensor) -> float:
+        """Of all processes' sums, in per cent: the accuracy, or of pixels the mean IoU: of those
+        that are of a class, or are called so, the part that is both."""
+        confusion = confusion + self.labels.new_zeros(self.num_classes, self.num_classes)
+        if self.world > 1:
+            distributed.all_reduce(confusion)
+        right = confusion.diag()
+        if not self.pixels:
+            return 100 * right.sum().item() / confusion.sum().item()
+        union = confusion.sum(0) + confusion.sum(1) - right
+        return 100 * (right / union)[union > 0].mean().item()
+
 
 class ImageLoader(Loader):
     """Of a split that lies on the device as uint8; crops and flips are drawn on the CPU for all."""
@@ -748,9 +869,13 @@ class ImageLoader(Loader):
         images, self.augment = split.images, augment
         self.padding = self.size // 8 if augment else 0        # 4 pixels at 32x32
         if augment:
-            widths = [(0, 0), (self.padding, self.padding), (self.padding, self.padding), (0, 0)]
+            widths = [(0, 0), (self.padding, self.padding), (self.padding, self.padding)]
             mode = "reflect" if reflect else "constant"
-            images = torch.from_numpy(np.pad(images.numpy(), widths, mode))
+            images = torch.from_numpy(np.pad(images.numpy(), [*widths, (0, 0)], mode))
+            if self.labels.ndim == 3:       # pixels beyond the image have no label
+                beyond = {} if reflect else {"constant_values": -100}
+                labels = np.pad(split.labels.numpy(), widths, mode, **beyond)
+                self.labels = torch.from_numpy(labels).to(device)
         self.images = images.to(device)
         self.count = len(self.labels)       # of images in a pass
         if shuffle:
@@ -774,6 +899,7 @@ class ImageLoader(Loader):
             chosen, down, right, mirrored = batch[:, self.rank::self.world]
             if not len(chosen):     # fewer images are left to measure than there are processes
                 return
+            labels = self.labels[chosen]
             if self.augment:
                 rows, columns = down[:, None] + pixels, right[:, None] + pixels
                 columns = torch.where(mirrored[:, None] == 1, width - 1 - columns, columns)
@@ -782,9 +908,11 @@ class ImageLoader(Loader):
                 places = (lines * width + columns[:, None, :]).flatten()
                 images = self.images.view(-1, 3).index_select(0, places)
                 images = images.view(-1, self.size, self.size, 3)
+                if labels.ndim == 3:
+                    labels = self.labels.view(-1)[places].view(-1, self.size, self.size)
             else:
                 images = self.images[chosen]
-            yield self.normalise(images), self.labels[chosen]
+            yield self.normalise(images), labels
 
 
 class PictureFiles(Dataset):
@@ -811,14 +939,42 @@ class PictureFiles(Dataset):
         return image.permute(1, 2, 0), self.labels[index]
 
 
+class PixelFiles(Dataset):
+    """torchvision's pictures and their label images: (size, size, 3) uint8 and (size, size) int64.
+
+    Where 255 stands, or nothing, there is no label: -100. For training the shorter side is scaled
+    to between half and twice the size, then cut or filled up; else the longer side is the size.
+    """
+
+    def __init__(self, split: Split, size: int, augment: bool = False):
+        self.items, self.size, self.seed = split.images, size, 0
+        self.transform = v2.Resize(None, max_size=size)
+        if augment:
+            self.transform = v2.Compose([
+                v2.RandomShortestSize(range(size // 2, 2 * size + 1)), v2.RandomHorizontalFlip(),
+                v2.RandomCrop(size, pad_if_needed=True, fill={Picture: 0, Mask: 255})])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        picture, mask = decode(self.items[index][0]), read_mask(self.items[index])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed((self.seed * 1_000_003 + index) % 2 ** 63)
+            image, mask = self.transform(Picture(picture), Mask(mask[None]))
+        fill = (0, self.size - image.shape[2], 0, self.size - image.shape[1])
+        image, mask = F.pad(image, fill), F.pad(mask, fill, value=255)[0].long()
+        return image.permute(1, 2, 0), mask.masked_fill(mask == 255, -100)
+
+
 class FileLoader(Loader):
     """Of pictures that stay in their files, which worker processes decode anew each epoch."""
 
     def __init__(self, split: Split, class_names: list[str], mean: Tensor, std: Tensor,
                  batch_size: int, device: torch.device, *, shuffle: bool, augment: bool = False,
-                 seed: int = 0, size: int = 224, workers: int = 0):
+                 seed: int = 0, size: int = 224, workers: int = 0, files: type = PictureFiles):
         super().__init__(split, class_names, size, mean, std, batch_size, device, shuffle, seed)
-        self.files = PictureFiles(split, size, augment)
+        self.files = files(split, size, augment)
         share = batch_size // self.world
         if shuffle:
             sampler = DistributedSampler(self.files, self.world, self.rank, drop_last=True)
@@ -880,12 +1036,14 @@ def outlines(u: Tensor, v: Tensor) -> Tensor:
     ], dim=1)
 
 
-def draw_shapes(count: int, seed: int, size: int = 16) -> Split:
+def draw_shapes(count: int, seed: int, size: int = 16, scenes: bool = False) -> Split:
     """`count` pictures of one shape each, the ten classes in turn.
 
     Each shape is morphed by up to 42 % into one of another class, turned by up to 0.5 rad, shifted,
     scaled and coloured at random, and lies on a striped background with two distracting bars and
     noise. The morphs make the classes similar by degrees: this is what soft labels can tell.
+    scenes: smaller shapes without morphs, in every second picture two; labels (N, H, W), the class
+    of each pixel counted from 1, and 0 for the background.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -914,22 +1072,29 @@ def draw_shapes(count: int, seed: int, size: int = 16) -> Split:
         bar = torch.maximum(u.abs() - 1.0, v.abs() - uniform(0.2, 0.8))
         images = paint(images, bar, scale, uniform(0, 1, 3))
 
-    labels = torch.arange(count) % 10
-    other = (labels + torch.randint(1, 10, (count,), generator=generator)) % 10
-    scale = uniform(0.77, 0.98)
-    fields = outlines(*place(scale, reach=0.25, most=0.5))
-    each = torch.arange(count)
-    field = torch.lerp(fields[each, labels], fields[each, other], uniform(0, 0.42))
-    masks = field < 0
-    # the object differs from what it covers by at least 0.8 in colour
-    behind = (images * masks[:, None]).sum((2, 3), keepdim=True)
-    behind = behind / masks[:, None].sum((2, 3), keepdim=True).clamp(min=1)
-    contrast = uniform(0, 1, 3) - behind
-    distance = contrast.norm(dim=1, keepdim=True).clamp(min=1e-3)
-    images = paint(images, field, scale, behind + contrast / distance * distance.clamp(min=0.8))
+    each, classes = torch.arange(count), torch.arange(count) % 10
+    labels = torch.zeros(count, size, size, dtype=torch.long)
+    sizes, reach, morph = ((0.4, 0.7), 0.5, 0) if scenes else ((0.77, 0.98), 0.25, 0.42)
+    for number in range(1 + scenes):
+        other = (classes + torch.randint(1, 10, (count,), generator=generator)) % 10
+        scale = uniform(*sizes)
+        fields = outlines(*place(scale, reach, most=0.5))
+        field = torch.lerp(fields[each, classes], fields[each, other], uniform(0, morph))
+        if number == 1:
+            field[::2] = 9      # the second object is nowhere
+        masks = field < 0
+        # the object differs from what it covers by at least 0.8 in colour
+        behind = (images * masks[:, None]).sum((2, 3), keepdim=True)
+        behind = behind / masks[:, None].sum((2, 3), keepdim=True).clamp(min=1)
+        contrast = uniform(0, 1, 3) - behind
+        distance = contrast.norm(dim=1, keepdim=True).clamp(min=1e-3)
+        images = paint(images, field, scale, behind + contrast / distance * distance.clamp(min=0.8))
+        labels = torch.where(masks, 1 + classes[:, None, None], labels)
+        if scenes:
+            classes = classes[torch.randperm(count, generator=generator)]
     images = images + 0.04 * torch.randn(images.shape, generator=generator)
     images = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
-    return Split(images, labels, masks)
+    return Split(images, labels) if scenes else Split(images, classes, masks)
 
 
 def read_cifar(dataset: str, data_dir: Path, train: bool) -> tuple[Split, list[str]]:
@@ -1031,6 +1196,49 @@ def decode(path: str) -> Image.Image:
         raise UserError(f"cannot decode {path} ({reason}); repair or remove it") from None
 
 
+def read_mask(item: tuple[str, Dataset, int]) -> Tensor:
+    """The classes of a picture's pixels, (H, W) uint8; item: its path, its data set and number."""
+    path, source, number = item
+    file = source.masks[number]
+    try:
+        mask = Image.open(file) if file.endswith(".png") else source[number][1]     # SBD's .mat
+        mask = v2.functional.pil_to_tensor(mask)[0]
+        with Image.open(path) as picture:
+            size = (picture.height, picture.width)
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error})") from None
+    if mask.shape != size:
+        raise UserError(f"{file} is not as large as its picture, {path}")
+    if (mask[mask < 255] > 20).any():
+        raise UserError(f"{file} has class {mask[mask < 255].max()}; VOC's are 0 to 20, and 255")
+    return mask
+
+
+def read_voc(data_dir: Path, workers: int) -> dict[str, Split]:
+    """PASCAL VOC 2012 and, where sbd/ lies beside it, SBD's other pictures to train on."""
+    try:
+        sets = {name: [datasets.VOCSegmentation(data_dir, image_set=name)]
+                for name in ("val", "train")}
+        if (data_dir / "sbd").is_dir():
+            sets["train"] += [datasets.SBDataset(data_dir / "sbd", name, "segmentation")
+                              for name in ("train", "val")]
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{data_dir} needs VOCdevkit/VOC2012/: unpack VOCtrainval_11-May-2012.tar "
+                        f"there, from host.robots.ox.ac.uk/pascal/VOC/voc2012 ({error})") from None
+    splits, seen = {}, set()
+    for name, sources in sets.items():      # val first: SBD has its pictures, too
+        items = []
+        for source in sources:
+            items += [(path, source, number) for number, path in enumerate(source.images)
+                      if Path(path).stem not in seen]
+            seen.update(Path(path).stem for path in source.images)
+        splits[name] = Split(np.fromiter(items, object), torch.zeros(len(items), dtype=torch.long))
+    with ThreadPoolExecutor(max(1, workers)) as pool:       # mistakes are found before training
+        for split in splits.values():
+            list(pool.map(read_mask, split.images[:len(sets["train"][0])]))
+    return splits
+
+
 def read_square(path: str, size: int) -> Tensor:
     """A picture squeezed to (size, size, 3) uint8."""
     picture = decode(path)
@@ -1059,6 +1267,8 @@ def subset(split: Split, chosen: Tensor) -> Split:
 
 def balanced_order(labels: Tensor) -> Tensor:
     """A fixed random order in which the classes take turns: its first n are a fair sample."""
+    if labels.ndim == 3:    # scenes, drawn class by class
+        labels = torch.arange(len(labels)) % 10
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     turn = torch.empty_like(order)
     for label in labels.unique():
@@ -1105,14 +1315,14 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
                   tenth of the training images, which are then not trained on. Where there is no
                   test split both measure "val"; settings["split"] says which it is
     workers       processes that decode images in files, or threads that read them into memory
-    ImageNet, and folders from 64 pixels on, stay in their files. Normalised is by mean and std of
-    the training images, of a sample where they stay in files, and by the usual ones for ImageNet.
+    ImageNet, VOC, and folders from 64 pixels on, stay in files. Normalised is by mean and std of
+    the training images, of a sample where they stay in files, and by ImageNet's for it and VOC.
     """
     device, (rank, world) = torch.device(device), processes()
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset}; known are {', '.join(DATASETS)}")
     size, workers = image_size or DATASETS[dataset], usual_workers() if workers is None else workers
-    if size != DATASETS[dataset] and dataset not in FOLDERS:
+    if size != DATASETS[dataset] and dataset not in (*FOLDERS, "voc"):
         raise UserError(f"--image-size is for folders of images; those of {dataset} have "
                         f"{DATASETS[dataset]} pixels")
     if batch_size % world or batch_size < 2 * world:
@@ -1120,21 +1330,29 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
                         f"{world} process{'es' * (world > 1)}, and all have equally many")
     if device.type == "cpu":
         keep_memory()
-    name, data_dir = dataset, Path(data_dir).expanduser()
-    in_files = dataset == "imagenet" or (dataset == "folder" and size >= 64)
+    name, data_dir, line = dataset, Path(data_dir).expanduser(), ""
+    in_files = dataset in ("imagenet", "voc") or (dataset == "folder" and size >= 64)
     if dataset == "shapes":
         class_names = SHAPES
         splits = {"train": draw_shapes(4000, seed=1), "val": draw_shapes(2000, seed=2),
                   "test": draw_shapes(2000, seed=3)}
+    elif dataset == "scenes":
+        class_names = ["background", *SHAPES]
+        splits = {"train": draw_shapes(2000, 1, 32, True), "val": draw_shapes(500, 2, 32, True),
+                  "test": draw_shapes(500, 3, 32, True)}
+    elif dataset == "voc":
+        class_names = get_weight("DeepLabV3_ResNet50_Weights.DEFAULT").meta["categories"]
+        splits = read_voc(data_dir, workers)
+        line = f"{len(splits['train'].labels)} train and {len(splits['val'].labels)} val images"
     elif dataset in FOLDERS:
         if dataset == "folder":     # known by its name, wherever it lies
             name = os.path.basename(os.path.abspath(data_dir))
         splits, class_names, line = list_folder(data_dir, FOLDERS[dataset])
-        if rank == 0:
-            print(f"{name}: {line}", flush=True)
     else:
         splits = {"train": read_cifar(dataset, data_dir, train=True)[0]}
         splits["test"], class_names = read_cifar(dataset, data_dir, train=False)
+    if line and rank == 0:
+        print(f"{name}: {line}", flush=True)
     split = split if "test" in splits else "val"
     if dataset in FOLDERS and not in_files:
         for part in {"train", split} & splits.keys():
@@ -1143,7 +1361,7 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     train = splits["train"]
     order = balanced_order(train.labels)
     # over the whole training split, so that a teacher and a student on fewer images agree
-    if dataset == "imagenet":
+    if dataset in ("imagenet", "voc"):
         mean, std = 255 * torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     elif in_files:
         mean, std = colours(read_squares(subset(train, order[:1000]).images, size, workers))
@@ -1163,10 +1381,12 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     kind, own, measured_batch = ImageLoader, {"reflect": reflect}, 500 * world
     if in_files:    # large images: as many at a time as in training
         kind, own, measured_batch = FileLoader, {"size": size, "workers": workers}, batch_size
+        own["files"] = PixelFiles if dataset == "voc" else PictureFiles
     loaders = (kind(train, *shared, batch_size, device, shuffle=True, augment=augment, seed=seed,
                     **own),
                kind(measured, *shared, measured_batch, device, shuffle=False, **own))
     for loader in loaders:
+        loader.pixels = dataset in ("scenes", "voc")
         loader.settings = {
             "data": name, "split": split, "image_size": size,
             "images": [len(train.labels), len(measured.labels)], "class_names": class_names,

@@ -203,7 +203,7 @@ def main() -> None:
     logs = []
     for seed in range(args.seed, args.seed + args.runs):
         first = 0 if args.shared_stage1 and not args.baseline else seed
-        student = build(args.student, first, loaders[0], args)
+        student = build(args.student, first, loaders[0], args, args.student_ckpt)
         if teacher is not None:
             first_stage(student, teacher, widths, loaders, args, run, first)
         logs.append(train(student, None, loaders, args, run, seed))
@@ -211,10 +211,10 @@ def main() -> None:
 
 
 # --- shared: the run ---
-# What decides every training, a baseline's too; a recipe's other entries are the method's own.
 TRAINING = ("epochs", "batch_size", "lr", "momentum", "nesterov", "weight_decay", "milestones",
-            "lr_decay", "augment", "reflect")
+            "lr_decay", "augment", "reflect")   # a recipe's other entries are the method's own
 SOURCE = Path(__file__).read_text("utf-8")      # as it is when the process starts
+COMMON = hashlib.sha256(Path(sys.modules["common"].__file__).read_bytes()).hexdigest()[:8]
 
 
 def to_float32(x: Tensor) -> Tensor:
@@ -246,6 +246,7 @@ def parse_args() -> argparse.Namespace:
     either = parser.add_mutually_exclusive_group().add_argument         # not both
     either("--teacher-ckpt", type=Path, help="file; None: the teacher's baseline run in --out")
     either("--teacher-epochs", type=int, help="stop the teacher's training after so many")
+    add("--student-ckpt", type=Path, help="file whose weights the student starts from")
     add("--distill-epochs", type=int, help="distil for so many, then cross-entropy alone")
     add("--seed", type=int, default=0, help="of the first student")
     add("--runs", type=int, default=1, help="number of students, seed after seed")
@@ -278,7 +279,8 @@ def parse_args() -> argparse.Namespace:
     if args.device not in devices:
         parser.error(f"--device {args.device}: here are {', '.join(devices)}, one per process")
     args.rank, args.world, args.device_type = rank, world, args.device.split(":")[0]
-    args.place = args.out.expanduser() / args.dataset / args.recipe
+    args.place, args.start = args.out.expanduser() / args.dataset / args.recipe, None
+    args.score = "mIoU" if args.dataset in ("scenes", "voc") else "accuracy"
     if args.device_type == "cuda":
         torch.cuda.set_device(args.device)
     if args.bf16 is None:
@@ -288,23 +290,21 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def build(name, seed, loader, args) -> nn.Module:
-    """The network as the seed makes it."""
+def build(name, seed, loader, args, start=None) -> nn.Module:
+    """The network as the seed makes it, or as far as they fit with the weights of a file."""
     torch.manual_seed(seed)
-    return create_model(name, loader.num_classes).to(args.device, memory_format=torch.channels_last)
+    network = create_model(name, loader.num_classes, pixels=loader.pixels)
+    if start:
+        args.start = load_weights(network, start, start=True)["hash"]
+    return network.to(args.device, memory_format=torch.channels_last)
 
 
 @torch.no_grad()
 def evaluate(model, loader, args) -> float:
-    """Accuracy in per cent, in eval mode."""
+    """Accuracy in per cent, in eval mode; where pixels have classes, the mean IoU."""
     model.eval()
-    right = torch.zeros(1, device=args.device)
-    for images, labels in loader:
-        with torch.autocast(args.device_type, torch.bfloat16, enabled=args.bf16):
-            right += (model(images).argmax(1) == labels).sum()
-    if args.world > 1:
-        distributed.all_reduce(right)
-    return 100 * right.item() / len(loader.labels)
+    with torch.autocast(args.device_type, torch.bfloat16, enabled=args.bf16):
+        return loader.score(sum(loader.confusion(model(x), labels) for x, labels in loader))
 
 
 def as_cuda_graph(step, args):
@@ -334,6 +334,8 @@ def read_run(folder) -> dict:
     path = folder / "last.pt"
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        if kept and kept["log"][0].get("common", COMMON) != COMMON:
+            print(f"WARNING: {path} is of another text of common.py: has its network changed?")
         return kept and {"log": kept["log"], "whole": kept["whole"], **kept}    # or a KeyError
     except Exception as error:      # each kind of damage, or other file, fails in its own way
         raise UserError(f"{path} is damaged or not a run's: remove it ({error})") from None
@@ -357,17 +359,19 @@ def write_run(folder, model, optimizer, log, loader, args):
 def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
     """Minimise the sum of losses() by SGD, from the run's last epoch to `until`; the run's log."""
     folder = args.place / run / f"seed{seed}"
-    deciding = ["bf16", *TRAINING]      # what must be equal for a run to go on
+    deciding = ["bf16", "start", *TRAINING]     # what must be equal for a run to go on
     if not args.baseline:
         args.script = hashlib.sha256(SOURCE.encode()).hexdigest()[:8]
-        deciding = ["bf16", *RECIPES[args.recipe], "distill_epochs", "teacher_hash", "script"]
+        deciding = [*deciding, *RECIPES[args.recipe], "distill_epochs", "teacher_hash", "script"]
     settings = loaders[0].settings | {key: getattr(args, key) for key in deciding}
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum,
                                 nesterov=args.nesterov and args.momentum > 0,
                                 weight_decay=args.weight_decay, fused=args.device_type == "cuda")
     kept = read_run(folder)
-    log = kept.get("log", [{"settings": settings, "command": sys.argv, "versions": []}])
-    old = log[0]["settings"]
+    settings["optimizer"] = type(optimizer).__name__
+    first = {"settings": settings, "command": sys.argv, "versions": [], "common": COMMON}
+    log = kept.get("log", [first])
+    old = {"optimizer": "SGD"} | log[0]["settings"]
     for key in old | settings:
         if old.get(key) != settings.get(key):
             raise UserError(f"{folder} was begun with another {key} ({str(old.get(key))[:60]}, now "
@@ -393,8 +397,8 @@ def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
         sum(terms.values()).backward()
         optimizer.step()
         names[:] = [*terms, "train"]        # for the log: a graph returns numbers alone
-        accuracy = 100 * (logits.argmax(1) == labels).float().mean()
-        return torch.stack([*terms.values(), accuracy]).detach()
+        right = (logits.argmax(1) == labels).sum() / (labels >= 0).sum()       # -100: no label
+        return torch.stack([*terms.values(), 100 * right]).detach()
 
     last, lr = until or args.epochs, None
     for epoch in range(len(log), last + 1):     # the log begins with its header
@@ -443,19 +447,17 @@ def get_teacher(loaders, args) -> nn.Module:
         plain = vars(args) | RECIPES[args.recipe] | typed | {"baseline": True}
         train(teacher, None, loaders, argparse.Namespace(**plain), run, 0, args.teacher_epochs)
     kept = load_weights(teacher, path, loaders[0].settings)
-    log = kept["log"] if "script" in kept else []
+    log = kept["log"] if {"script", "log"} <= kept.keys() else []
     teacher.eval().requires_grad_(False)
-    weights = b"".join(x.cpu().numpy().tobytes() for x in teacher.state_dict().values())
-    args.teacher_hash = hashlib.sha256(weights).hexdigest()[:8]
-    args.teacher_path, args.teacher_accuracy = path, evaluate(teacher, loaders[1], args)
+    args.teacher_path, args.teacher_hash = path, kept["hash"]
+    args.teacher_accuracy = evaluate(teacher, loaders[1], args)
     past = f"{path}, on pictures normalised by this data set's mean and std"
     if log:
         settings = log[0]["settings"]
         past = f"{len(log) - 1} of {settings['epochs']} epochs on {settings['images'][0]} images"
-    print(f"teacher {args.teacher}: {loaders[1].settings['split']} accuracy "
+    past += "; NO BETTER THAN CHANCE" * (args.teacher_accuracy <= 100 / loaders[0].num_classes)
+    print(f"teacher {args.teacher}: {loaders[1].settings['split']} {args.score} "
           f"{args.teacher_accuracy:.2f} %, {past}")
-    if args.teacher_accuracy <= 100 / loaders[0].num_classes:
-        print("WARNING: this teacher is no better than chance")
     return teacher
 
 
@@ -463,8 +465,8 @@ def report(logs, run, args):
     """The last lines; the gain over baselines of equal training, in --out or beside the teacher."""
     tests, gains = [log[-1]["test"] for log in logs], {}
     spread = f" ± {stdev(tests):.2f}" if len(tests) > 1 else ""
-    print(f"{run}: {logs[0][0]['settings']['split']} accuracy {mean(tests):.2f}{spread} %, files "
-          f"in {args.place / run}")
+    print(f"{run}: {logs[0][0]['settings']['split']} {args.score} {mean(tests):.2f}{spread} %, "
+          f"files in {args.place / run}")
     if not args.baseline:
         for seed, log in enumerate(logs, args.seed):
             for folder in (args.teacher_path.parent.parent.parent, args.place / "baseline"):

@@ -15,7 +15,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")   # the bits are promised on t
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "common"]
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "# --- shared: " in path.read_text()]
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "tests", "tests/tools", "tests/course")]
 sys.dont_write_bytecode = True
 common = importlib.import_module("common")
@@ -41,7 +41,7 @@ class Result:
 
 def fewer(draw):
     """draw_shapes, but with accuracies measured on 200 images, not on 2000, to spare time."""
-    return lambda count, seed: draw(count if seed == 1 else 200, seed)
+    return lambda count, seed, *kind: draw(count if seed == 1 else 200, seed, *kind)
 
 
 def pair_in_float64(script: str, args, loaders) -> tuple[torch.nn.Module, torch.nn.Module]:

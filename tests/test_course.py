@@ -1,5 +1,6 @@
 """The kit for courses: every mistake is told by its number, and the tests of the losses see it."""
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,12 @@ def plain_margin(norm):
     return mu - sigma * density / torch.special.ndtr(-mu / sigma)
 
 
+def near_margin(norm):
+    mu, sigma = norm.bias.detach().double(), norm.weight.detach().double().abs().clamp(min=1e-300)
+    log_density = -(mu / sigma) ** 2 / 2 - math.log(2 * math.pi) / 2
+    return (mu - sigma * torch.exp(log_density - torch.special.log_ndtr(-mu / sigma))).to(norm.bias)
+
+
 @pytest.mark.parametrize("name, function, says", [
     ("kd.kd_loss", plain_kd, "values up to 60000: gives nan"),
     ("atang.attention_map", lambda x: F.normalize(x.square().sum(1).flatten(1)),
@@ -84,7 +91,8 @@ def plain_margin(norm):
         s * torch.cos(m * torch.acos(q)) - s * (1 - q)), "values up to 1: the gradient of q is "),
     ("atang.attention_map", lambda x: (q := x.float().square().sum(1).flatten(1)) / q.norm(
         dim=1, keepdim=True), "float32, all zeros: gives nan where 0 is right"),
-    ("overhaul.channel_margin", plain_margin, "beta = 37, 1e4, -1e4 at gamma = 1")])
+    ("overhaul.channel_margin", plain_margin, "beta = 12 at gamma = 1: gives -inf"),
+    ("overhaul.channel_margin", near_margin, "beta = 10000 at gamma = 1: gives -0.000161")])
 def test_right_but_not_stable(name, function, says):
     word, told = judged(name, function)
     assert word == "right, but not stable" and says in told
@@ -153,19 +161,22 @@ def test_submissions_are_graded_apart(copy, tmp_path, capsys, monkeypatch):
     return (to_float32(student) - to_float32(teacher_target))[wrong].pow(2).sum()
 """)
     (tmp_path / "ida_at.py").write_text("def at_loss(:\n")
-    shutil.copy(tmp_path / "ann/at.py", tmp_path / "jon_1234_at.py")
+    shutil.copy(tmp_path / "ann/at.py", tmp_path / "jon_1234_at (2).py")
+    (tmp_path / "notes.txt").write_text("at")
     monkeypatch.setattr(sys, "argv", ["assignment.py", "grade", "--json", "--seconds", "3", *(
-        str(tmp_path / name) for name in [*bodies, "ida_at.py", "jon_1234_at.py"])])
+        str(tmp_path / name) for name in [*bodies, "ida_at.py", "jon_1234_at (2).py",
+                                          "notes.txt"])])
     with pytest.raises(SystemExit, match="2"):
         assignment.main()
     found = {Path(path).name: of for path, of in json.loads(capsys.readouterr().out).items()}
+    assert found.pop("notes.txt")[""]["says"].startswith("which script is this? Name it as in")
     said = {name: of["at.at_loss"]["says"] for name, of in found.items()}
     # what was blanked is graded; of a file all that it has
     assert list(found["ann"]) == ["kd.kd_loss", "at.at_loss", "atang.angular_map",
                                   "overhaul.partial_l2"]
-    assert list(found["jon_1234_at.py"]) == ["at.attention_map", "at.at_loss"]
+    assert list(found["jon_1234_at (2).py"]) == ["at.attention_map", "at.at_loss"]
     right = {"verdict": "right", "says": ""}
-    assert found["ann"]["at.at_loss"] == found["jon_1234_at.py"]["at.at_loss"] == right
+    assert found["ann"]["at.at_loss"] == found["jon_1234_at (2).py"]["at.at_loss"] == right
     assert found["eve"]["overhaul.partial_l2"] == right     # though at_loss never ends
     assert found["bob"]["at.at_loss"]["verdict"] == "sum_over_pixels"
     for name, says in {
@@ -181,8 +192,7 @@ def test_bad_arguments(copy, tmp_path, capsys, monkeypatch):
                         (["blank", tmp_path / "x", "--loss", "attention_map"], "or atang.attent"),
                         (["blank", tmp_path / "x", "--loss", "sum"], "no function that can be"),
                         (["blank", ROOT / "x", "--loss", "at_loss"], "in the repo itself"),
-                        (["grade", tmp_path / "nobody"], "not there"),
-                        (["grade", ROOT / "README.md"], "which script is this?")):
+                        (["grade", tmp_path / "nobody"], "not there")):
         monkeypatch.setattr(sys, "argv", ["assignment.py", *map(str, words)])
         with pytest.raises(SystemExit, match="2"):
             assignment.main()

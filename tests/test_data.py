@@ -19,8 +19,8 @@ from common import FileLoader, ImageLoader, Split, UserError, load_data
 from conftest import ROOT
 
 
-def loader_of(images, *, batch_size=7, **options):
-    labels = torch.arange(len(images)) % 10
+def loader_of(images, labels=None, *, batch_size=7, **options):
+    labels = torch.arange(len(images)) % 10 if labels is None else labels
     options = {"shuffle": True, "augment": True, **options}
     return ImageLoader(Split(images, labels), [str(n) for n in range(10)], torch.zeros(3),
                        torch.ones(3), batch_size, torch.device("cpu"), **options)

@@ -70,6 +70,11 @@ def numpy_kd(z, v, tau):
     return tau ** 2 * total / len(z)
 
 
+def numpy_kd_of_pixels(z, v, tau):
+    """A mean over all pixels, each as an image."""
+    return numpy_kd(*(x.transpose(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in (z, v)), tau)
+
+
 def numpy_kd_limit(z, v, tau):
     """For tau -> infinity: half the mean over the K classes of (z - v)^2, both of zero mean."""
     return (z - v).var(axis=1).mean() / 2
@@ -176,13 +181,14 @@ def numpy_partial_l2(student, target):
     return sum(0.0 if s <= t <= 0 else (t - s) ** 2 for s, t in zip(student.flat, target.flat))
 
 
-def numpy_overhaul(students, teachers, margins, partial=True):
+def numpy_overhaul(students, teachers, margins, partial=True, weights=None):
     total = 0.0
     for layer, (s, t, m) in enumerate(zip(students, teachers, margins)):
         distance = ((s - t) ** 2).sum()
         if partial:
             distance = numpy_partial_l2(s, numpy_margin_relu(t, m))
-        total += distance / 2 ** (len(students) - 1 - layer) / len(s)
+        weight = weights[layer] if weights else 1 / 2 ** (len(students) - 1 - layer)
+        total += weight * distance / len(s)
     return total
 
 
@@ -223,6 +229,7 @@ FAR = norm_of([1.0, 2.0, 1.0, -1.0, 1.0, 0.5], [4.0, 8.0, -10.0, 3.09, 400.0, -4
 EQUATIONS = [
     *[("kd.kd_loss", [Z, V, tau], numpy_kd, 1e-11) for tau in (1.0, 4.0, 16.0)],
     ("kd.kd_loss", [Z, V, 1000.0], numpy_kd_limit, 1e-2),
+    ("kd.kd_loss", [STUDENT[0], LIKE[0], 2.0], numpy_kd_of_pixels, 1e-11),
     *[("at.attention_map", [STUDENT[0], *p], numpy_attention, 1e-12) for p in ([], [1], [3])],
     *[("at.at_loss", [STUDENT, TEACHER, *p], numpy_at, 1e-12) for p in ([], [1])],
     ("atang.attention_map", [STUDENT[1]], numpy_q, 1e-12),
@@ -240,6 +247,8 @@ EQUATIONS = [
     ("overhaul.partial_l2", [STUDENT[0], LIKE[0]], numpy_partial_l2, 1e-12),
     *[("overhaul.overhaul_loss", [STUDENT, LIKE, MARGINS, partial], numpy_overhaul, 1e-12)
       for partial in (True, False)],
+    ("overhaul.overhaul_loss", [STUDENT, LIKE, MARGINS, True, [2.0, 0.3, 0.25]], numpy_overhaul,
+     1e-12),
     *[("skd.spherical", [Z, *how], numpy_spherical, 1e-12) for how in ([1.0, False], [6.3, True])],
     ("skd.spherical", [Z, 6.3, True], numpy_layer_norm, 1e-12),
     *[("skd.skd_loss", [Z, V, TAU, *how], numpy_skd, 1e-10)
@@ -417,9 +426,9 @@ REFUSED = [
     ("atang.amd_loss", [STUDENT, OTHER], "differ in size"),
     ("atang.amd_loss", [STUDENT, OTHER, 1.35, 64.0, True], "differ in size"),
     ("fsp.fsp_loss", [pairs(1), pairs(2)[:2]], None),
-    ("fsp.fsp_loss", [[(STUDENT[0], STUDENT[1])], [(STUDENT[1], STUDENT[2])]], "connect"),
+    ("fsp.fsp_loss", [[(STUDENT[0], STUDENT[1])], [(STUDENT[1], STUDENT[2])]], None),
     ("overhaul.overhaul_loss", [STUDENT, LIKE[:2], MARGINS], None),
-    ("overhaul.partial_l2", [STUDENT[0], STUDENT[1]], "connector"),
+    ("overhaul.partial_l2", [STUDENT[0], STUDENT[1]], None),
 ]
 
 

@@ -1,5 +1,6 @@
 """The networks: their sizes to the parameter, what their taps show, and weights from files."""
 import copy
+import hashlib
 import re
 import urllib.error
 from argparse import Namespace
@@ -34,13 +35,17 @@ COUNTS = {      # trainable parameters at 10 and at 100 classes, of the referenc
     "pyramidnet200_240": (26_752_702, 26_844_952), "imagenet_resnet18": (11_181_642, 11_227_812),
     "imagenet_resnet34": (21_289_802, 21_335_972), "imagenet_resnet50": (23_528_522, 23_712_932),
     "imagenet_resnet101": (42_520_650, 42_705_060), "imagenet_resnet152": (58_164_298, 58_348_708),
-    "imagenet_mobilenet": (3_217_226, 3_309_476)}
+    "imagenet_mobilenet": (3_217_226, 3_309_476), "imagenet_mobilenetv2": (2_236_682, 2_351_972),
+    "deeplab_resnet8": (145_330, 148_300), "deeplab_resnet8_half": (36_814, 38_344),
+    "deeplab_resnet18": (16_605_354, 16_628_484), "deeplab_resnet50": (40_349_354, 40_372_484),
+    "deeplab_resnet101": (59_341_482, 59_364_612), "deeplab_mobilenetv2": (5_813_226, 5_836_356)}
 OF_1000 = dict(zip([name for name in COUNTS if name.startswith("imagenet_")], [
     # at ImageNet's 1000 classes: what the papers and torchvision say
-    11_689_512, 21_797_672, 25_557_032, 44_549_160, 60_192_808, 4_231_976]))
+    11_689_512, 21_797_672, 25_557_032, 44_549_160, 60_192_808, 4_231_976, 3_504_872]))
 NAMES = ["wrn10_2", "wrn16_1", "wrn16_3", "resnet8", "resnet20", "resnet8x4", "resnet50",
          "mobilenetv2", "mobilenetv2_half", "vgg8", "vgg13", "shufflenetv1", "shufflenetv2",
-         "pyramidnet110_84", "imagenet_resnet18", "imagenet_resnet50", "imagenet_mobilenet"]
+         "pyramidnet110_84", "imagenet_resnet18", "imagenet_resnet50", "imagenet_mobilenet",
+         "imagenet_mobilenetv2"]
 # pixels of the groups of an image of 32, where they are not 32, 16 and 8
 SIZES = {"resnet50": [32, 16, 8, 4], "vgg8": [16, 8, 4, 4], "vgg13": [16, 8, 4, 4],
          "mobilenetv2_half": [16, 8, 4, 2], "shufflenetv1": [16, 8, 4], "shufflenetv2": [16, 8, 4]}
@@ -205,6 +210,8 @@ def same(first, second):
 
 def test_weights_as_people_have_them(tmp_path):
     weights, more = SOURCE.state_dict(), {"epoch": 3, "args": Namespace(lr=0.1), "log": []}
+    whole = b"".join(x.numpy().tobytes() for x in weights.values())
+    hash_of_source = hashlib.sha256(whole).hexdigest()[:8]
     kinds = [(weights, {})]
     for key in ("model", "state_dict", "model_state_dict", "net"):
         kinds.append(({key: weights} | more, more))
@@ -214,7 +221,8 @@ def test_weights_as_people_have_them(tmp_path):
         torch.save(content, tmp_path / "weights.pt")
         network = create_model("resnet8", 10)
         assert not same(network, SOURCE)
-        assert load_weights(network, tmp_path / "weights.pt") == rest and same(network, SOURCE)
+        found = load_weights(network, tmp_path / "weights.pt")
+        assert found == rest | {"hash": hash_of_source} and same(network, SOURCE)
 
 
 STEM, LAST = "stem.0.weight", "classifier.weight"
@@ -223,7 +231,7 @@ UNFIT = {       # a change of resnet8's weights, and what is said of it
     "its module.classifier.weight is (7, 64), not (10, 64)":
         lambda w: {f"module.{key}": x for key, x in (w | {LAST: torch.ones(7, 64)}).items()},
     "it has no stem.0.weight": lambda w: {key: x for key, x in w.items() if key != STEM},
-    "its more is (1,), not unknown to": lambda w: {"model": w | {"more": torch.ones(1)}},
+    "its more is (1,), not one of this": lambda w: {"model": w | {"more": torch.ones(1)}},
     "its stem.0.weight is int, not (16, 3, 3, 3)": lambda w: w | {STEM: 5},
     "its stem.0.weight is not finite (NaN or inf)": lambda w: w | {STEM: w[STEM] * torch.nan},
     "it has no stem.0.weight, ": lambda w: {}, "holds a list, not": lambda w: [1],
@@ -250,26 +258,28 @@ def test_unfit_weights_are_named_and_none_is_loaded(says, tmp_path, recwarn):
     assert "\n" not in str(caught.value) and not recwarn and same(target, before)
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50])
-def test_torchvisions_weights_give_torchvisions_outputs(depth, tmp_path):
-    torch.manual_seed(depth)
+@pytest.mark.parametrize("theirs, ours", [
+    ("resnet18", "resnet18"), ("resnet34", "resnet34"), ("resnet50", "resnet50"),
+    ("mobilenet_v2", "mobilenetv2")])
+def test_torchvisions_weights_give_torchvisions_outputs(theirs, ours, tmp_path):
+    torch.manual_seed(0)
     with torch.device("meta"):      # without the initialisation, which takes most of the time
-        published = getattr(torchvision.models, f"resnet{depth}")(num_classes=20).eval()
-        network = create_model(f"imagenet_resnet{depth}", 20).eval()
+        published = getattr(torchvision.models, theirs)(num_classes=20).eval()
+        network = create_model(f"imagenet_{ours}", 20).eval()
     network, weights = network.to_empty(device="cpu"), published.to_empty(device="cpu").state_dict()
     for key, x in weights.items():      # all unlike: none may stand for another
         if x.is_floating_point():
             x.uniform_(0.2, 0.5) if x.ndim == 1 else x.uniform_(-1, 1).div_(x[0].numel() ** 0.5)
-    if depth == 34:     # as files of old have it
+    if ours in ("resnet34", "mobilenetv2"):     # as files of old have it
         weights = {key: x for key, x in weights.items() if not key.endswith("batches_tracked")}
     torch.save(weights, tmp_path / "published.pth")
-    assert load_weights(network, tmp_path / "published.pth") == {}
+    assert load_weights(network, tmp_path / "published.pth").keys() == {"hash"}
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         logits = published(images)
         assert torch.allclose(network(images), logits, rtol=1e-5, atol=1e-5 * logits.abs().max())
     assert logits.std() > 1e-3
-    with pytest.raises(UserError, match="its conv1.weight is|its layer1.0.conv1.weight is"):
+    with pytest.raises(UserError, match="its (features.0.0|(layer1.0.)?conv1).weight is"):
         load_weights(create_model("resnet20", 20), tmp_path / "published.pth")
 
 

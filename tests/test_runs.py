@@ -120,23 +120,24 @@ def test_distillation_may_stop(cli, out):
 
 # --- Recipes and copies -------------------------------------------------------------------------
 
-# whose recipe is the default: on cifar10 (and folder), cifar100, cinic10, imagenet, shapes
-DEFAULTS = {"kd": "-jeon -crd -jeon -guo", "at": "-jeon -crd -jeon -zagoruyko",
-            "atang": "-jeon none -jeon none", "fsp": "-yim -yim none none",
-            "overhaul": "-jeon -heo none -heo", "skd": "-jeon -crd none -guo"}
+# whose recipe is the default: on cifar10 (and folder), cifar100, cinic10, imagenet, scenes, voc
+DEFAULTS = {"kd": "-jeon -crd -jeon -guo = -heo", "at": "-jeon -crd -jeon -zagoruyko none none",
+            "atang": "-jeon none -jeon none none none", "fsp": "-yim -yim none none none none",
+            "overhaul": "-jeon -heo none -heo = -heo", "skd": "-jeon -crd none -guo none none"}
 
 
 def test_the_default_recipe_is_one_of_the_data_set(cli, monkeypatch):
     for script, names in DEFAULTS.items():
         parse_args, (first, *rest) = importlib.import_module(script).parse_args, names.split()
-        for dataset, name in zip(sorted(common.DATASETS), (first, *rest[:2], first, rest[2], "")):
+        for dataset, name in zip(sorted(common.DATASETS), (first, *rest[:2], first, *rest[2:4], "=",
+                                                           rest[4]), strict=True):
             monkeypatch.setattr(sys, "argv", [script, "--dataset", dataset])
             if name == "none":
                 assert f"no recipe for {dataset}" in cli(script, "--dataset", dataset).mistyped()
                 continue
             args = parse_args()
-            assert args.recipe == dataset.replace("folder", "cifar10") + name
-            assert args.image_size == {"imagenet": 224, "shapes": 16}.get(dataset, 32)
+            assert args.recipe == dataset.replace("folder", "cifar10") + name.strip("=")
+            assert args.image_size == {"imagenet": 224, "shapes": 16, "voc": 513}.get(dataset, 32)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -237,16 +237,16 @@ def save(figure: Figure, args: argparse.Namespace) -> None:
     print(f"{args.out}: {args.out.stat().st_size / 1000:.0f} KB")
 
 
-def images_by_number(loader: Loader, numbers: list[int]) -> Tensor:
-    """(N, 3, H, W), normalised, of a loader that does not shuffle."""
+def images_by_number(loader: Loader, numbers: list[int]) -> tuple[Tensor, Tensor]:
+    """(N, 3, H, W), normalised, and labels, of a loader that does not shuffle."""
     found, start, wanted = {}, 0, set(numbers)
-    for images, _ in loader:
-        found |= {number: images[number - start]
+    for images, labels in loader:
+        found |= {number: (images[number - start], labels[number - start])
                   for number in wanted & set(range(start, start + len(images)))}
         start += len(images)
         if len(found) == len(wanted):
             break
-    return torch.stack([found[number] for number in numbers])
+    return tuple(map(torch.stack, zip(*(found[number] for number in numbers))))
 
 
 def as_pictures(images: Tensor, loader: Loader) -> Tensor:
@@ -281,6 +281,24 @@ def new_sheet(lines: int, columns: int, cell: int, title: str) -> tuple[Figure, 
     return figure, sheet
 
 
+def draw_answers(networks: list, loader: Loader, images: Tensor, labels: Tensor,
+                 args: argparse.Namespace) -> None:
+    """A row a scene: the picture, its classes, and those that each network gives its pixels."""
+    figure, sheet = new_sheet(len(images), 2 + len(networks), 100, "a colour for each class")
+    columns = {"labels": labels}
+    for network in networks:
+        model = reproduce.network_of(network.name, network.checkpoints[0], loader)
+        with torch.no_grad():
+            columns[f"{network.label}\n({network.name})"] = model(images).argmax(1)
+    for line, picture in zip(sheet, as_pictures(images, loader)):
+        draw_picture(line[0], picture)
+    for column, (title, answers) in enumerate(columns.items(), 1):
+        sheet[0, column].set_title(title, fontsize=7, pad=3)
+        for axes, answer in zip(sheet[:, column], answers):
+            axes.imshow(answer.numpy(), cmap="tab20", vmin=0, vmax=loader.num_classes)
+    save(figure, args)
+
+
 def draw_maps(args: argparse.Namespace) -> None:
     """A row an image; beside it each network's answer and its heat at three depths."""
     groups = [group._replace(runs=group.runs[:1], logs=group.logs[:1])
@@ -291,7 +309,9 @@ def draw_maps(args: argparse.Namespace) -> None:
     chosen = args.images or balanced_order(loader.labels)[:args.count].tolist()
     if not 0 <= min(chosen) <= max(chosen) < len(loader.labels):
         raise UserError(f"--images {max(chosen)}: they go from 0 to {len(loader.labels) - 1}")
-    images, labels = images_by_number(loader, chosen), loader.labels[chosen]
+    images, labels = images_by_number(loader, chosen)
+    if loader.pixels:
+        return draw_answers(networks, loader, images, labels, args)
     pictures, masks = as_pictures(images, loader), [None] * len(chosen)
     whose = "the network's answer" if args.of == "answer" else "the true class"
     title = f"Grad-CAM of {whose}; dark: 0, bright: the largest value of each map"
@@ -320,9 +340,9 @@ def draw_data(args: argparse.Namespace) -> None:
     """A row a class: the first pictures of a fixed fair order, then each cropped and flipped."""
     plain, augmented = (load_data(args.dataset, args.data_dir, 500, "cpu", augment=augment, seed=0,
                                   image_size=args.image_size)[0] for augment in (False, True))
-    if plain.settings.get("in_files"):
-        raise UserError(f"pictures of {plain.size} pixels stay in their files and are cropped in "
-                        f"training; choose an --image-size below 64")
+    if plain.settings.get("in_files") or plain.pixels:
+        raise UserError("only pictures below 64 pixels, with a class each, are drawn: the others "
+                        "stay in their files, or have a class for each pixel")
     order, names = balanced_order(plain.labels), plain.class_names[:args.classes]
     outline = "" if plain.masks is None else ", the line is the object's mask"
     figure, sheet = new_sheet(len(names), 2 * args.count + 1, 72, f"{args.dataset}, {plain.size}x"
@@ -330,7 +350,7 @@ def draw_data(args: argparse.Namespace) -> None:
     rows = [order[plain.labels[order] == kind][:args.count].tolist() for kind in range(len(names))]
     for loader, left in ((plain, 0), (augmented, args.count + 1)):
         loader.shuffle, loader.left_out = False, 0      # for images by their numbers
-        pictures = iter(as_pictures(images_by_number(loader, sum(rows, [])), loader))
+        pictures = iter(as_pictures(images_by_number(loader, sum(rows, []))[0], loader))
         for row, numbers in enumerate(rows):
             for column, (number, picture) in enumerate(zip(numbers, pictures), left):
                 outlined = loader is plain and plain.masks is not None
