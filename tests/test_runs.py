@@ -195,6 +195,23 @@ def test_an_edited_script_is_not_the_one_that_a_run_was_begun_with(cli, out, tmp
         assert again[1:] == first[-1:] and "no epoch is left to train" in again[0]
 
 
+def test_other_networks_and_optimisers_are_told(cli, out, monkeypatch):
+    """An edit of common.py by a warning, of the optimiser also where baselines are compared."""
+    kd, flags = importlib.import_module("kd"), [*SMALL, "--out", out]
+    assert cli("kd", *flags, "--baseline").code == 0 and "WARNING" not in cli("kd", *flags).out
+    with monkeypatch.context() as patch:
+        patch.setattr(kd, "COMMON", "edited")
+        said = cli("kd", *flags).out
+        for run in (TEACHER, student("kd"), BASELINE):
+            assert f"WARNING: {out / run}/last.pt is of another text of common.py" in said
+    monkeypatch.setattr(torch.optim, "SGD", lambda weights, *_, **__: torch.optim.AdamW(weights))
+    monkeypatch.setattr(kd, "SOURCE", kd.SOURCE + "# AdamW\n")
+    for more in ([], ["--baseline"]):
+        assert "another optimizer (SGD, now AdamW)" in cli("kd", *flags, *more).refused()
+    flags = [*SMALL, "--out", out / "2", "--teacher-ckpt", out / TEACHER / "last.pt"]
+    assert "gain over baseline: run: " in cli("kd", *flags).out, "the one beside the teacher is SGD's"
+
+
 def test_pictures_in_folders(cli, tmp_path):
     """Known by the folder's last name, wherever that lies; without test/ val/ is measured."""
     data, flags = tmp_path / "data", [*SMALL[4:], "--epochs", "1", "--dataset", "folder"]

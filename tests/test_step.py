@@ -57,7 +57,8 @@ def test_training_is_sgd(momentum, nesterov, cli, tmp_path, monkeypatch):
     """In float64: the weights, and the logged means, also of the smaller batch."""
     real = common.ImageLoader.normalise
     monkeypatch.setattr(common.ImageLoader, "normalise", lambda *args: real(*args).double())
-    monkeypatch.setattr(kd, "create_model", lambda *args, **kw: common.create_model(*args, **kw).double())
+    monkeypatch.setattr(kd, "create_model", lambda *names, **task: common.create_model(
+        *names, **task).double())
     flags = ["--lr", 0.02, "--momentum", momentum, "--weight-decay", 0.1, "--milestones", 0.5,
              "--lr-decay", 0.3, "--nesterov" if nesterov else "--no-nesterov", "--epochs", 4]
     assert cli("kd", *FEW, *flags, "--out", tmp_path).code == 0

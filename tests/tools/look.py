@@ -289,7 +289,8 @@ def draw_answers(networks: list, loader: Loader, images: Tensor, labels: Tensor,
     for network in networks:
         model = reproduce.network_of(network.name, network.checkpoints[0], loader)
         with torch.no_grad():
-            columns[f"{network.label}\n({network.name})"] = model(images).argmax(1)
+            name = f"{network.label}\n({network.name.removeprefix('deeplab_')})"
+            columns[name] = model(images).argmax(1)
     for line, picture in zip(sheet, as_pictures(images, loader)):
         draw_picture(line[0], picture)
     for column, (title, answers) in enumerate(columns.items(), 1):

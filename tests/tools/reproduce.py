@@ -394,11 +394,12 @@ def command_of(run: Path) -> argparse.Namespace:
 def changed(run: Path, args: argparse.Namespace) -> list[str]:
     """What a run had otherwise than today's command, which parsed is args: settings, script.
 
-    bf16 is not compared, since its default depends on the device, nor the script of a recorded run.
+    Not compared: bf16, whose default depends on the device, the weights of --student-ckpt, which
+    the command names, and the script of a recorded run.
     """
     header = log_of(run)[0]
     keys = [key for key, value in header["settings"].items()
-            if key != "bf16" and value != getattr(args, key, value)]
+            if key not in ("bf16", "start") and value != getattr(args, key, value)]
     script = ROOT / Path(header["command"][0]).name
     if "script" in header["settings"] and (run / "last.pt").exists():
         text = script.read_bytes() if script.exists() else b""
