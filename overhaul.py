@@ -72,7 +72,7 @@ RECIPES = {
 }
 RECIPES["scenes"] = dict(RECIPES["shapes"], epochs=20, batch_size=16, lr=0.1, alpha=1e-4)
 METHOD_FLAGS = {
-    "alpha": dict(help="weight of L_distill"), "layers": dict(choices=["all", "last"]),
+    "alpha": dict(help="of L_distill"), "layers": dict(choices=["all", "last"], help="which"),
     "position": dict(choices=["end", "pre-relu"], help="of a group, or before the next ReLU"),
     "distance": dict(choices=["l2", "partial-l2"], help="l2: to the teacher's map as it is"),
     "teacher_bn": dict(choices=["batch", "running"], help="what it normalises by, teaching")}

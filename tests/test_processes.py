@@ -71,11 +71,11 @@ def start(count: int, out: Path, script: str, *flags: str, stop=0, exact=True, m
         assert time.time() < end, "they wait for each other"
 
 
-def assert_near(*folders: Path) -> None:
+def assert_near(*folders: Path, rtol: float = 1e-7) -> None:
     """Equal to rounding: weights, terms and accuracies, momenta."""
     first, second = ([one["whole"], one["log"], one["optimizer"]["state"]]
                      for one in map(result_of, folders))
-    torch.testing.assert_close(first, second, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(first, second, rtol=rtol, atol=rtol / 100)
 
 
 @pytest.mark.parametrize("script", ["kd", "at", "fsp", "overhaul", "overhaul scenes"])
@@ -97,7 +97,8 @@ def test_processes_train_as_one(script, tmp_path):
     first, *others = [torch.load(tmp_path / f"rank{rank}.pt")["weights"] for rank in range(count)]
     assert len(first) == (2 if script == "fsp" else 1)
     for folder, weights in first.items():
-        assert_near(Path(folder), tmp_path / "one" / Path(folder).relative_to(tmp_path))
+        assert_near(Path(folder), tmp_path / "one" / Path(folder).relative_to(tmp_path),
+                    rtol=1e-5 if scenes else 1e-7)
         assert all(equal_bits(weights, other[folder]) for other in others)
 
 

@@ -209,7 +209,7 @@ def test_other_networks_and_optimisers_are_told(cli, out, monkeypatch):
     for more in ([], ["--baseline"]):
         assert "another optimizer (SGD, now AdamW)" in cli("kd", *flags, *more).refused()
     flags = [*SMALL, "--out", out / "2", "--teacher-ckpt", out / TEACHER / "last.pt"]
-    assert "gain over baseline: run: " in cli("kd", *flags).out, "the one beside the teacher is SGD's"
+    assert "gain over baseline: run: " in cli("kd", *flags).out, "beside the teacher lies SGD's"
 
 
 def test_pictures_in_folders(cli, tmp_path):
