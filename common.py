@@ -607,9 +607,9 @@ def meta_taps(name: str, image_size: int) -> Taps:
             if "taps" in inspect.signature(network.forward).parameters:
                 return network(image, taps=True)
             return Taps(network(image))
-        except RuntimeError as error:
-            raise UserError(f"{name} takes no images of {image_size} pixels "
-                            f"({str(error).strip().splitlines()[0]})") from None
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"{name} takes no images of {image_size} pixels, or none on the meta "
+                            f"device ({str(error).strip().splitlines()[0]})") from None
 
 
 def check_pair(teacher: str, student: str, image_size: int, maps: Sequence[str] = (),
