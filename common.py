@@ -762,15 +762,16 @@ def load_weights(network: nn.Module, path: str | Path, settings: dict | None = N
             raise UserError(f"{path}: its {key} is not finite (NaN or inf): the training that made "
                             f"it had failed")
         loaded[name] = value
+    kept = loaded.keys() | {name for name in expected if name.endswith("num_batches_tracked")}
     for name in expected:       # files of old lack the counts of batches
-        left = name.endswith("num_batches_tracked") or start and name.startswith("classifier.")
-        if name not in loaded and not left:
+        if name not in kept and not (start and name.startswith("classifier.")):
             raise UserError(f"{path} is of another network or number of classes: it has no {name}")
     network.load_state_dict(loaded, strict=False)
     for key in ("class_names", "split") if settings and {"script", "log"} <= rest.keys() else ():
         if (learnt := rest["log"][0]["settings"][key]) != settings[key]:
             raise UserError(f"{path} has learnt another {key}: {str(learnt)[:100]}")
-    whole = b"".join(x.cpu().numpy().tobytes() for x in network.state_dict().values())
+    whole = b"".join(x.cpu().numpy().tobytes() for name, x in network.state_dict().items()
+                     if name in kept)
     return rest | {"hash": hashlib.sha256(whole).hexdigest()[:8]}
 
 
@@ -846,8 +847,7 @@ class Loader:
         return pairs.bincount(minlength=self.num_classes ** 2).view(self.num_classes, -1)
 
     def score(self, confusion: Tensor) -> float:
-        """Of all processes' sums, in per cent: the accuracy, or of pixels the mean IoU: of those
-        that are of a class, or are called so, the part that is both."""
+        """Of all processes' sums, in per cent: the accuracy, or of pixels the mean IoU."""
         confusion = confusion + self.labels.new_zeros(self.num_classes, self.num_classes)
         if self.world > 1:
             distributed.all_reduce(confusion)
