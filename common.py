@@ -496,7 +496,7 @@ class DeepLab(nn.Module):
     """DeepLabV3+ (Chen et al. 2018): a class for each pixel, logits (N, num_classes, H, W).
 
     The last group has dilation in place of its stride. Of Taps it has pre_relu: in front of the
-    first ReLU after each group, of ASPP's last, and of the one before the classifier.
+    first ReLU after each group (MobileNetV2's last: its end), of ASPP's last, of the classifier's.
     """
     pixels, stage_channels = True, ()
 
@@ -528,14 +528,13 @@ class DeepLab(nn.Module):
         # the overhaul distils without dropout (its Appendix B)
         drop = partial(F.dropout, training=self.dropout and self.training and not taps)
         resize = partial(F.interpolate, mode="bilinear", align_corners=True)
-        size = x.shape[2:]
-        x, _, stages, pre_relu = self.backbone.maps(x)
-        y = self.aspp.project[:2](torch.cat([branch(x) for branch in self.aspp.convs], 1))
+        deep, _, stages, pre_relu = self.backbone.maps(x)
+        y = self.aspp.project[:2](torch.cat([branch(deep) for branch in self.aspp.convs], 1))
         pre_relu.append(y)
         y = resize(drop(F.relu(y), 0.5), size=stages[0].shape[2:])
         y = self.refine(drop(self.mix(torch.cat([y, self.low(stages[0])], 1)), 0.5))
         pre_relu.append(y)
-        logits = resize(self.classifier(drop(F.relu(y), 0.1)), size=size)
+        logits = resize(self.classifier(drop(F.relu(y), 0.1)), size=x.shape[2:])
         return Taps(logits, pre_relu=pre_relu) if taps else logits
 
 
@@ -708,9 +707,9 @@ def own_names(keys: list[str]) -> list[str]:
     """What our networks call a file's keys: no wrapper's prefix, torchvision's networks as ours."""
     names = [re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)) for key in keys]
     if "features.18.0.weight" in names:     # MobileNetV2's layers stand in the same order
-        counted = any("tracked" in name for name in names)
         with torch.device("meta"):
             ours = create_model("imagenet_mobilenetv2", 10).state_dict()
+        counted = "features.0.1.num_batches_tracked" in names
         return [name for name in ours if counted or "tracked" not in name]
     if not {"layer1.0.conv1.weight", "fc.weight"} <= set(names):
         return names
@@ -947,21 +946,24 @@ class PixelFiles(Dataset):
     """
 
     def __init__(self, split: Split, size: int, augment: bool = False):
-        self.items, self.size, self.seed = split.images, size, 0
-        self.transform = v2.Resize(None, max_size=size)
-        if augment:
-            self.transform = v2.Compose([
-                v2.RandomShortestSize(range(size // 2, 2 * size + 1)), v2.RandomHorizontalFlip(),
-                v2.RandomCrop(size, pad_if_needed=True, fill={Picture: 0, Mask: 255})])
+        self.items, self.size, self.seed, self.augment = split.images, size, 0, augment
+        self.cut = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(
+            size, pad_if_needed=True, fill={Picture: 0, Mask: 255})])
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        picture, mask = decode(self.items[index][0]), read_mask(self.items[index])
+        item = self.items[index]
+        image, mask = Picture(decode(item[0], upright=False)), read_mask(item)  # both as they lie
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed((self.seed * 1_000_003 + index) % 2 ** 63)
-            image, mask = self.transform(Picture(picture), Mask(mask[None]))
+            longer, shorter = max(mask.shape), min(mask.shape)
+            scale = (0.5 + 1.5 * torch.rand(()).item()) / shorter if self.augment else 1 / longer
+            sides = [max(1, round(self.size * scale * side)) for side in mask.shape]
+            image = v2.functional.resize(image, sides)
+            mask = Mask(F.interpolate(mask[None, None], sides, mode="nearest-exact")[0])
+            image, mask = self.cut(image, mask) if self.augment else (image, mask)
         fill = (0, self.size - image.shape[2], 0, self.size - image.shape[1])
         image, mask = F.pad(image, fill), F.pad(mask, fill, value=255)[0].long()
         return image.permute(1, 2, 0), mask.masked_fill(mask == 255, -100)
@@ -983,8 +985,8 @@ class FileLoader(Loader):
         self.batches = DataLoader(self.files, share, sampler=sampler, num_workers=workers,
                                   drop_last=shuffle and len(sampler) % share == 1,
                                   generator=torch.Generator(), pin_memory=device.type == "cuda")
-        needed = 2 * workers * batch_size * size ** 2 * 3       # each worker holds two batches
-        if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
+        needed = 2 * workers * batch_size * size ** 2 * (11 if files is PixelFiles else 3)
+        if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:   # 2 batches
             raise UserError(f"--workers {workers} need {needed >> 20} MB of /dev/shm, more than is "
                             f"free: choose fewer, or --workers 0, or Docker's --shm-size")
 
@@ -1081,7 +1083,7 @@ def draw_shapes(count: int, seed: int, size: int = 16, scenes: bool = False) -> 
         fields = outlines(*place(scale, reach, most=0.5))
         field = torch.lerp(fields[each, classes], fields[each, other], uniform(0, morph))
         if number == 1:
-            field[::2] = 9      # the second object is nowhere
+            field[each // 10 % 2 == 0] = 9      # the second object is nowhere
         masks = field < 0
         # the object differs from what it covers by at least 0.8 in colour
         behind = (images * masks[:, None]).sum((2, 3), keepdim=True)
@@ -1180,13 +1182,13 @@ def list_folder(data_dir: Path, names: Sequence[str]) -> tuple[dict[str, Split],
     return splits, class_names, line
 
 
-def decode(path: str) -> Image.Image:
+def decode(path: str, upright: bool = True) -> Image.Image:
     """The picture in a file: upright, in RGB, with white behind what is transparent."""
     try:
         with Image.open(path) as file:
             if file.mode[0] in "IF":    # convert would make it white
                 raise UserError("it has more than 8 bits per channel, convert it to 8")
-            picture = ImageOps.exif_transpose(file)
+            picture = ImageOps.exif_transpose(file) if upright else file
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -1204,11 +1206,10 @@ def read_mask(item: tuple[str, Dataset, int]) -> Tensor:
         mask = Image.open(file) if file.endswith(".png") else source[number][1]     # SBD's .mat
         mask = v2.functional.pil_to_tensor(mask)[0]
         with Image.open(path) as picture:
-            size = (picture.height, picture.width)
+            if mask.shape != (picture.height, picture.width):
+                raise UserError(f"{file} is not as large as its picture, {path}")
     except OSError as error:
         raise UserError(f"cannot read {file} ({error})") from None
-    if mask.shape != size:
-        raise UserError(f"{file} is not as large as its picture, {path}")
     if (mask[mask < 255] > 20).any():
         raise UserError(f"{file} has class {mask[mask < 255].max()}; VOC's are 0 to 20, and 255")
     return mask
@@ -1233,9 +1234,8 @@ def read_voc(data_dir: Path, workers: int) -> dict[str, Split]:
                       if Path(path).stem not in seen]
             seen.update(Path(path).stem for path in source.images)
         splits[name] = Split(np.fromiter(items, object), torch.zeros(len(items), dtype=torch.long))
-    with ThreadPoolExecutor(max(1, workers)) as pool:       # mistakes are found before training
-        for split in splits.values():
-            list(pool.map(read_mask, split.images[:len(sets["train"][0])]))
+        with ThreadPoolExecutor(max(1, workers)) as pool:       # mistakes show before training
+            list(pool.map(read_mask, items[:len(sources[0])]))
     return splits
 
 

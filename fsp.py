@@ -238,7 +238,7 @@ def parse_args() -> argparse.Namespace:
     add("--dataset", default="cifar10", choices=DATASETS, help="shapes: drawn; folder: your own")
     add("--data-dir", type=Path, default="data", help="where the data set lies, or is put")
     add("--train-images", type=int, help="number of training images, class-balanced; None: all")
-    add("--image-size", type=int, help="pixels, of folders")
+    add("--image-size", type=int, help="pixels, of folders and voc")
     add("--split", default="test", choices=["test", "val"], help="what is measured: tune on val")
     add("--workers", type=int, help="processes that decode large images; None: the cores")
     add("--recipe", choices=RECIPES, help="whose defaults stand below")

@@ -11,7 +11,7 @@ teacher is negative it need only stay below max(F_t, m), m the channel's expecte
     d_p(T, S) = sum_i 0 if S_i <= T_i <= 0, else (T_i - S_i)^2                                 Eq. 4
     L_distill = d_p(sigma_m(F_t), r(F_s))                  r: 1x1 convolution, BatchNorm       Eq. 5
     loss = CE(softmax(z), y) + alpha L_distill                                                 Eq. 6
-    summed over the layers: the deepest weighs 1, each before it half of the next (Appendix B)
+    over the layers: the deepest weighs 1, each before it half (Appendix B; DeepLab has its own)
     symbol   here              shape            symbol   here               value on CIFAR-100
     F_t      teacher_maps      (N, C, H, W)     alpha    alpha              0.001
     r(F_s)   student_maps      (N, C, H, W)     m_C      channel_margin()   (C,)
@@ -25,16 +25,16 @@ Departures from the paper and from the authors' code:
  1. L_distill is summed over channels and pixels and divided by the batch size, as in the code; the
     paper leaves the batch out. Eq. 4's T is the transformed teacher, sigma_m(F_t), as in Eq. 5.
  2. channel_margin holds for any gamma and beta; the code puts -3 sigma where less than 0.1 % of a
-    channel is negative: -0.28 sigma is true there. Eq. 9's root is of 2 pi alone. A ResNet's map is
+    channel is negative: -0.28 sigma is true there. Eq. 9's root is of 2 pi. A ResNet's map is
     BatchNorm plus shortcut; its margin is the BatchNorm's, as in the code, no average (Appendix A).
  3. Section 3.3 wants the teacher's BatchNorm in training mode; the code's then updates its running
-    statistics, our copy has none. Tables 8 and 9: every row's connectors have a BatchNorm here.
+    statistics, our copy has none. In Tables 8 and 9, too, all connectors have a BatchNorm here.
  4. Recipes cifar100-heo (settings e, f: --batch-size 64) and imagenet-heo (epoch 30 has the lower
     rate) are the paper's; nesterov, weight decay and padding the code's, whose momentum starts anew
     at each drop and whose CIFAR-100 has CIFAR-10's mean. No mixup, with which PyramidNet learnt.
- 5. voc-heo (Table 6) is the code's, but poly, (1 - t)^0.9, falls by epochs in steps of a fifth; in
-    the code ASPP, decoder and connectors have ten times the rate, and connectors a first epoch of
-    their own. Detection (Table 5) is missing: it takes SSD, its ResNets' layers are not stated.
+ 5. voc-heo (Table 6) is the code's, but poly, (1 - t)^0.9, falls by epochs in steps of a fifth. Not
+    here: ten times the rate for ASPP, decoder and connectors, the connectors' epoch before, blur,
+    dropout while distilling. Table 5, detection, is missing: SSD's layers on ResNets are not told.
 """
 import argparse
 import copy
@@ -85,7 +85,7 @@ def channel_margin(norm: nn.BatchNorm2d) -> Tensor:
     x < 0 means n < -r with r = mu / sigma. Since n phi(n) = -phi'(n), E[n | n < -r] is
     (integral of n phi(n) from -inf to -r) / Phi(-r) = -phi(r) / Phi(-r), and so
     m = mu - sigma exp(-r^2 / 2) / (sqrt(2 pi) Phi(-r)); with gamma = 0, min(beta, 0).
-    The exponential, 0 from r = 38 on, cancels: Phi(-r) = exp(-r^2 / 2) erfcx(r / sqrt(2)) / 2.
+    The exponential, 0 from r = 39 on, cancels: Phi(-r) = exp(-r^2 / 2) erfcx(r / sqrt(2)) / 2.
     """
     mu, sigma = norm.bias.detach().cpu().double(), norm.weight.detach().cpu().double().abs()
     r = (mu / sigma.clamp(min=1e-300)).clamp(max=1e8)
@@ -116,7 +116,7 @@ def overhaul_loss(student_maps: list[Tensor], teacher_maps: list[Tensor], margin
     Lists from the input to the output of connected student maps and raw teacher maps, both
     (N, C, H, W), and margins (C,). SUM over C, H, W and over layers, by default weighted
     1 / 2^(n-1-l), mean over N; no gradient for the teacher; lists of unequal length: ValueError.
-    partial=False: every value of the teacher's map counts, Table 9's first rows.
+    partial=False: every value of the teacher's map counts, Table 9's first columns.
     """
     halved = [0.5 ** layer for layer in reversed(range(len(student_maps)))]
     loss, layers = 0, zip(student_maps, teacher_maps, margins, weights or halved, strict=True)
@@ -244,7 +244,7 @@ def parse_args() -> argparse.Namespace:
     add("--dataset", default="cifar10", choices=DATASETS, help="shapes: drawn; folder: your own")
     add("--data-dir", type=Path, default="data", help="where the data set lies, or is put")
     add("--train-images", type=int, help="number of training images, class-balanced; None: all")
-    add("--image-size", type=int, help="pixels, of folders")
+    add("--image-size", type=int, help="pixels, of folders and voc")
     add("--split", default="test", choices=["test", "val"], help="what is measured: tune on val")
     add("--workers", type=int, help="processes that decode large images; None: the cores")
     add("--recipe", choices=RECIPES, help="whose defaults stand below")
