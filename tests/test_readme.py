@@ -111,9 +111,9 @@ def test_a_table_of_the_readme_is_that_of_the_recorded_runs(command, cli):
 
 
 def test_the_gain_of_the_first_commands_is_that_of_the_recorded_runs():
-    """With one thread and with two, which round otherwise; each student has its own teacher."""
+    """With one thread, with two, on another processor, which round otherwise; a teacher each."""
     gains, teachers = [], set()
-    for folder in (RECORDS / f"first-{threads}/shapes/shapes" for threads in (1, 2)):
+    for folder in (RECORDS / f"first-{where}/shapes/shapes" for where in (1, 2, "epyc")):
         for run in reproduce.runs_below(folder / "overhaul/wrn16_2-wrn16_1"):
             alone, log = (reproduce.complete(place / run.name)
                           for place in (folder / "baseline/wrn16_1", run.parent))
