@@ -409,9 +409,9 @@ def report(logs, run, args):
     if not args.baseline:
         for seed, log in enumerate(logs, args.seed):
             for folder in (args.teacher_path.parent.parent.parent, args.place / "baseline"):
-                base = read_run(folder / args.student / f"seed{seed}").get("log", [])
-                mine = log[0]["settings"]
-                if len(base) == len(log) and mine | base[0]["settings"] == mine:
+                base = read_run(folder / args.student / f"seed{seed}").get("log", [{}])
+                old = {"start": None, "optimizer": "SGD"} | base[0].get("settings", {})
+                if len(base) == len(log) and log[0]["settings"] | old == log[0]["settings"]:
                     gains[seed] = log[-1]["test"] - base[-1]["test"]
         gain = f"{mean(gains.values()):+.2f}" if len(gains) == len(logs) else (
             f"run: python {shlex.join(sys.argv)} --baseline")

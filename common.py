@@ -505,7 +505,7 @@ class DeepLab(nn.Module):
                  dropout: bool = True):
         super().__init__()
         self.backbone = backbone = create_model(backbone, num_classes)
-        self.dropout = dropout
+        self.dropout = dropout      # which rests where maps are asked for: the overhaul, Appendix B
         dilate(backbone.groups[-1], dilations)
         del backbone.classifier
         if backbone.head is not None:       # MobileNetV2's last 1x1 convolution is left out
@@ -525,7 +525,6 @@ class DeepLab(nn.Module):
         self.pre_relu_channels = [norm.num_features for norm in self.pre_relu_norms]
 
     def forward(self, x: Tensor, taps: bool = False) -> Tensor | Taps:
-        # the overhaul distils without dropout (its Appendix B)
         drop = partial(F.dropout, training=self.dropout and self.training and not taps)
         resize = partial(F.interpolate, mode="bilinear", align_corners=True)
         deep, _, stages, pre_relu = self.backbone.maps(x)
@@ -584,9 +583,8 @@ def create_model(name: str, num_classes: int, pixels: bool | None = None, **kw) 
     network = make(num_classes=num_classes, **kw)
     network.name = name
     if pixels is not None and pixels != getattr(network, "pixels", False):
-        each, other = ("pixel", "deeplab_resnet8") if pixels else ("picture", "wrn16_1")
-        raise UserError(f"these data have a class for each {each}, which {name} does not give; "
-                        f"{other} does")
+        each = "pixel, which deeplab_resnet8 gives" if pixels else "picture, which wrn16_1 gives"
+        raise UserError(f"these data have a class for each {each}, but not {name}")
     return network
 
 
@@ -850,6 +848,8 @@ class Loader:
         confusion = confusion + self.labels.new_zeros(self.num_classes, self.num_classes)
         if self.world > 1:
             distributed.all_reduce(confusion)
+        if not confusion.any():
+            raise UserError("there is nothing to measure: no picture or no pixel has a label")
         right = confusion.diag()
         if not self.pixels:
             return 100 * right.sum().item() / confusion.sum().item()
@@ -1204,6 +1204,8 @@ def read_mask(item: tuple[str, Dataset, int]) -> Tensor:
     file = source.masks[number]
     try:
         mask = Image.open(file) if file.endswith(".png") else source[number][1]     # SBD's .mat
+        if mask.mode not in ("L", "P"):
+            raise UserError(f"{file} holds no classes, but colours or numbers ({mask.mode})")
         mask = v2.functional.pil_to_tensor(mask)[0]
         with Image.open(path) as picture:
             if mask.shape != (picture.height, picture.width):
@@ -1218,12 +1220,10 @@ def read_mask(item: tuple[str, Dataset, int]) -> Tensor:
 def read_voc(data_dir: Path, workers: int) -> dict[str, Split]:
     """PASCAL VOC 2012 and, where sbd/ lies beside it, SBD's other pictures to train on."""
     try:
-        sets = {name: [datasets.VOCSegmentation(data_dir, image_set=name)]
-                for name in ("val", "train")}
+        sets = {x: [datasets.VOCSegmentation(data_dir, image_set=x)] for x in ("val", "train")}
         if (data_dir / "sbd").is_dir():
-            sets["train"] += [datasets.SBDataset(data_dir / "sbd", name, "segmentation")
-                              for name in ("train", "val")]
-    except (OSError, RuntimeError) as error:
+            sets["train"] += [datasets.SBDataset(data_dir / "sbd", x, "segmentation") for x in sets]
+    except (OSError, RuntimeError, UnicodeError) as error:
         raise UserError(f"{data_dir} needs VOCdevkit/VOC2012/: unpack VOCtrainval_11-May-2012.tar "
                         f"there, from host.robots.ox.ac.uk/pascal/VOC/voc2012 ({error})") from None
     splits, seen = {}, set()

@@ -70,7 +70,7 @@ RECIPES = {
     "shapes": dict(JEON, epochs=15, batch_size=32, lr=0.05, weight_decay=5e-4, augment=True,
                    milestones=[0.6, 0.8, 0.95]),        # ours, found on the validation split
 }
-RECIPES["scenes"] = dict(RECIPES["shapes"], epochs=20, batch_size=16, lr=0.1, alpha=1e-4)
+RECIPES["scenes"] = dict(RECIPES["shapes"], epochs=30, batch_size=16, lr=0.1, alpha=1e-4)
 METHOD_FLAGS = {
     "alpha": dict(help="of L_distill"), "layers": dict(choices=["all", "last"], help="which"),
     "position": dict(choices=["end", "pre-relu"], help="of a group, or before the next ReLU"),
@@ -476,9 +476,9 @@ def report(logs, run, args):
     if not args.baseline:
         for seed, log in enumerate(logs, args.seed):
             for folder in (args.teacher_path.parent.parent.parent, args.place / "baseline"):
-                base = read_run(folder / args.student / f"seed{seed}").get("log", [])
-                mine = log[0]["settings"]
-                if len(base) == len(log) and mine | base[0]["settings"] == mine:
+                base = read_run(folder / args.student / f"seed{seed}").get("log", [{}])
+                old = {"start": None, "optimizer": "SGD"} | base[0].get("settings", {})
+                if len(base) == len(log) and log[0]["settings"] | old == log[0]["settings"]:
                     gains[seed] = log[-1]["test"] - base[-1]["test"]
         gain = f"{mean(gains.values()):+.2f}" if len(gains) == len(logs) else (
             f"run: python {shlex.join(sys.argv)} --baseline")

@@ -174,10 +174,10 @@ def test_networks_and_data_of_different_tasks(cli, tmp_path):
     """In one line, and nothing is begun."""
     more = ["--out", tmp_path / "runs"]
     for script, flags, says in (
-            ("kd", ["--teacher", "wrn10_1"], "each pixel, which wrn10_1 does not give"),
-            ("overhaul", ["--student", "wrn10_1", "--baseline"], "each pixel, which wrn10_1"),
-            ("kd", ["--dataset", "shapes"], "each picture, which deeplab_resnet8 does not"),
-            ("overhaul", ["--dataset", "shapes"], "each picture, which deeplab_resnet8"),
+            ("kd", ["--teacher", "wrn10_1"], "each pixel, which deeplab_resnet8 gives, but not wrn"),
+            ("overhaul", ["--student", "wrn10_1", "--baseline"], "gives, but not wrn10_1"),
+            ("kd", ["--dataset", "shapes"], "each picture, which wrn16_1 gives, but not deeplab"),
+            ("overhaul", ["--dataset", "shapes"], "gives, but not deeplab_resnet8"),
             ("at", ["--recipe", "shapes"], "deeplab_resnet8 has no maps to compare"),
             ("fsp", ["--recipe", "shapes"], "deeplab_resnet8 has no maps to compare"),
             ("overhaul", ["--position", "end", "--distance", "l2"], "has no maps to compare")):
@@ -261,12 +261,14 @@ def test_sbds_other_pictures_are_added(voc, monkeypatch):
     assert (whole_epoch(train)[1] == 7).any()
 
 
-@pytest.mark.parametrize("name, kind, size, says", [
-    ("2007_001", 3, (10, 10), "is not as large as its picture"),
-    ("2007_007", 21, None, "has class 21; VOC's are 0 to 20, and 255")])
-def test_wrong_label_images_are_found_before_training(name, kind, size, says, voc, cli, tmp_path):
+@pytest.mark.parametrize("name, mode, kind, size, says", [
+    ("2007_001", "L", 3, (10, 10), "is not as large as its picture"),
+    ("2007_002", "RGB", (0, 128, 0), None, "holds no classes, but colours or numbers (RGB)"),
+    ("2007_007", "L", 21, None, "has class 21; VOC's are 0 to 20, and 255")])
+def test_wrong_label_images_are_found_before_training(name, mode, kind, size, says, voc, cli,
+                                                      tmp_path):
     path = voc / f"VOCdevkit/VOC2012/SegmentationClass/{name}.png"
-    Image.new("L", size or Image.open(path).size, kind).save(path)
+    Image.new(mode, size or Image.open(path).size, kind).save(path)
     flags = ["--dataset", "voc", "--image-size", "48", "--student", "deeplab_resnet8", "--baseline",
              "--device", "cpu", "--out", tmp_path / "runs", "--data-dir"]
     line = cli("overhaul", *flags, voc).refused()
@@ -275,3 +277,12 @@ def test_wrong_label_images_are_found_before_training(name, kind, size, says, vo
     assert f"cannot read {path}" in cli("overhaul", *flags, voc).refused()
     line = cli("overhaul", *flags, tmp_path / "nowhere").refused()
     assert "nowhere needs VOCdevkit/VOC2012/" in line and "VOCtrainval_11-May-2012.tar" in line
+
+
+def test_a_score_of_nothing_is_none(voc, cli, tmp_path):
+    for path in (voc / "VOCdevkit/VOC2012/SegmentationClass").glob("2007_00[678].png"):
+        Image.new("L", Image.open(path).size, 255).save(path)
+    line = cli("overhaul", "--dataset", "voc", "--image-size", "48", "--student", "deeplab_resnet8",
+               "--baseline", "--batch-size", "2", "--epochs", "1", "--workers", "0", "--device",
+               "cpu", "--out", tmp_path / "runs", "--data-dir", voc).refused()
+    assert "nothing to measure" in line

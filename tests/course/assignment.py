@@ -55,8 +55,8 @@ USES = {"at.at_loss": ["at.attention_map"], "fsp.fsp_loss": ["fsp.fsp_matrix"],
 # what a solution could be read from
 BESIDE = {"atang.angular_map": ["amd_distance"]}
 # what a teacher keeps, and what does not belong to a copy
-KEPT = ("assignment.py", "mistakes.py", "test_course.py", "test_readme.py", "__pycache__", ".git",
-        ".pytest_cache", ".ci", "runs", "data", "venv", ".venv")
+KEPT = ("assignment.py", "mistakes.py", "test_course.py", "test_readme.py", "__pycache__", "*~",
+        "*.bak", ".*.swp")
 MANIFEST = "assignment.json"
 NOT_YET = "not written yet"
 
@@ -511,8 +511,9 @@ def blank(out: Path, functions: list[str]) -> None:
         raise Wrong(f"{out} is not empty: name a new folder")
     if out.resolve().is_relative_to(ROOT):
         raise Wrong(f"{out} lies in the repo itself: name a folder outside")
-    scripts = {"common.py"} | {f"{name.split('.')[0]}.py" for name in FUNCTIONS}
-    own = {path.name for path in ROOT.glob("*.py")} - scripts       # a teacher's, with solutions
+    theirs = {"common.py", "README.md", "requirements.txt", "tests", ".github", ".gitignore"}
+    theirs |= {f"{name.split('.')[0]}.py" for name in FUNCTIONS}
+    own = {path.name for path in ROOT.iterdir()} - theirs       # a teacher's, with solutions
     shutil.copytree(ROOT, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*KEPT, *own))
     for name in functions:
         script, function = name.split(".")

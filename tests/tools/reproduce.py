@@ -228,8 +228,8 @@ TABLES = {
         of_pairs(on_voc("ResNet18"), "deeplab_resnet101 deeplab_resnet18 77.39 71.79 - 73.24") +
         of_pairs(on_voc("MobileNet_V2"),
                  "deeplab_resnet101 deeplab_mobilenetv2 77.39 68.44 - 71.36"), base="overhaul.py",
-        note="The paper's mIoU is the test server's, ours that of val, whole pictures, whose longer "
-             "side is 513. KD by pixels is ours. Batches of 6, as in the code for each GPU."),
+        note="The paper's mIoU is the test server's, ours that of val: whole pictures, their longer "
+             "side 513. KD by pixels is ours. Batches of 6, as in the code for each GPU."),
     "overhaul-7": Table("Overhaul, Table 7", "is its output like the teacher's?", "cifar100", 5,
         [Row("baseline", "baseline", "wrn28_4", "wrn16_2", "72.68", {"KL": 0.7318, "CE": 1.0741}),
          Row("KD", "kd.py", "wrn28_4", "wrn16_2", "73.53", {"KL": 0.7064, "CE": 1.0758}),
@@ -703,11 +703,11 @@ def list_runs(place: Path, file: Path | None = None) -> None:
             key = ("/".join(parts[:-5]), *parts[-5:-1], str(len(log) - 1),
                    json.dumps(log[0]["settings"], sort_keys=True))
             tests.setdefault(key, {})[parts[-1]] = log[-1]["test"]
-            settings[key] = log[0]["settings"].items()
+            settings[key] = ({"start": None, "optimizer": "SGD"} | log[0]["settings"]).items()
     if not tests:
         raise UserError(f"{place} holds no finished run: name the folder of the runs, in which the "
                         f"data sets' lie, or a file of recorded runs")
-    lines = [["folder", "data", "recipe", "method", "networks", "epochs", "mean accuracy %",
+    lines = [["folder", "data", "recipe", "method", "networks", "epochs", "mean %",
               "std", "seeds", "gain", "settings that differ"]]
     for key, own in tests.items():
         alike = [other for other in tests if other[1:5] == key[1:5]]
