@@ -194,7 +194,7 @@ def test_a_network_of_ones_own_shows_the_maps_it_has(monkeypatch, capsys):
     for names, size, maps, says in (
             (("resnet8", "plain"), 32, ["stages"], "plain has no maps to compare: its forward"),
             (("shown", "shown"), 32, ["stages", "pre_relu"], "must return Taps with pre_relu"),
-            (("resnet8", "plain"), 64, [], "plain takes no images of 64 pixels, or none on the meta"),
+            (("resnet8", "plain"), 64, [], "plain takes no images of 64 pixels, or none on the"),
             (("resnet8", "vgg8"), 4, [], "vgg8 takes no images of 4 pixels"),
             (("resnet8", "nothing"), 32, [], "unknown network nothing; known are plain")):
         with pytest.raises(UserError, match=says.replace("(", r"\(")):

@@ -174,7 +174,7 @@ def test_networks_and_data_of_different_tasks(cli, tmp_path):
     """In one line, and nothing is begun."""
     more = ["--out", tmp_path / "runs"]
     for script, flags, says in (
-            ("kd", ["--teacher", "wrn10_1"], "each pixel, which deeplab_resnet8 gives, but not wrn"),
+            ("kd", ["--teacher", "wrn10_1"], "each pixel, which deeplab_resnet8 gives, but not"),
             ("overhaul", ["--student", "wrn10_1", "--baseline"], "gives, but not wrn10_1"),
             ("kd", ["--dataset", "shapes"], "each picture, which wrn16_1 gives, but not deeplab"),
             ("overhaul", ["--dataset", "shapes"], "gives, but not deeplab_resnet8"),

@@ -228,7 +228,7 @@ TABLES = {
         of_pairs(on_voc("ResNet18"), "deeplab_resnet101 deeplab_resnet18 77.39 71.79 - 73.24") +
         of_pairs(on_voc("MobileNet_V2"),
                  "deeplab_resnet101 deeplab_mobilenetv2 77.39 68.44 - 71.36"), base="overhaul.py",
-        note="The paper's mIoU is the test server's, ours that of val: whole pictures, their longer "
+        note="The paper's mIoU is the test server's, ours that of val: whole pictures, the longer "
              "side 513. KD by pixels is ours. Batches of 6, as in the code for each GPU."),
     "overhaul-7": Table("Overhaul, Table 7", "is its output like the teacher's?", "cifar100", 5,
         [Row("baseline", "baseline", "wrn28_4", "wrn16_2", "72.68", {"KL": 0.7318, "CE": 1.0741}),
