@@ -564,7 +564,7 @@ MAKERS = {
 
 
 def create_model(name: str, num_classes: int, pixels: bool | None = None, **kw) -> nn.Module:
-    """The network called `name`, new; for a class per pixel, or not; `kw` goes to its maker."""
+    """The network called `name`; `kw` goes to its maker. pixels: must it give each one a class?"""
     if name in MAKERS:
         make = MAKERS[name]
     elif match := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):

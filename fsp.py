@@ -105,7 +105,7 @@ def fsp_loss(student_pairs: list[tuple], teacher_pairs: list[tuple]) -> Tensor:
 
     Lists of (first, second), one pair of maps a section. SUM over the entries of each matrix and
     over the pairs, mean over the batch; the teacher gets no gradient. ValueError where the numbers
-    of pairs or the widths differ.
+    of pairs differ, or the widths: then it says to connect the maps.
     """
     loss = 0
     for of_student, of_teacher in zip(student_pairs, teacher_pairs, strict=True):
@@ -291,7 +291,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build(name, seed, loader, args, start=None) -> nn.Module:
-    """The network as the seed makes it, or as far as they fit with the weights of a file."""
+    """The network as the seed makes it; from `start`, a file, it has all the weights that fit."""
     torch.manual_seed(seed)
     network = create_model(name, loader.num_classes, pixels=loader.pixels)
     if start:

@@ -79,7 +79,7 @@ METHOD_FLAGS = {"temperature": dict(help="tau"), "kd_weight": dict(help="lambda,
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Hinton et al. 2015, Section 2: L_K = tau^2 KL(softmax(v / tau) || softmax(z / tau)).
 
-    student_logits z and teacher_logits v, both (N, K) -> a scalar, in tau^2 nats; or (N, K, H, W).
+    student_logits z and teacher_logits v, both (N, K) or (N, K, H, W) -> a scalar, in tau^2 nats.
     Summed over the K classes, averaged over the batch and pixels; the teacher gets no gradient.
     """
     log_p = F.log_softmax(to_float32(student_logits) / temperature, dim=1)
@@ -203,7 +203,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build(name, seed, loader, args, start=None) -> nn.Module:
-    """The network as the seed makes it, or as far as they fit with the weights of a file."""
+    """The network as the seed makes it; from `start`, a file, it has all the weights that fit."""
     torch.manual_seed(seed)
     network = create_model(name, loader.num_classes, pixels=loader.pixels)
     if start:

@@ -11,7 +11,7 @@ teacher is negative it need only stay below max(F_t, m), m the channel's expecte
     d_p(T, S) = sum_i 0 if S_i <= T_i <= 0, else (T_i - S_i)^2                                 Eq. 4
     L_distill = d_p(sigma_m(F_t), r(F_s))                  r: 1x1 convolution, BatchNorm       Eq. 5
     loss = CE(softmax(z), y) + alpha L_distill                                                 Eq. 6
-    over the layers: the deepest weighs 1, each before it half (Appendix B; DeepLab has its own)
+    summed over layers: the deepest weighs 1, each before it half (Appendix B; DeepLab: its own)
     symbol   here              shape            symbol   here               value on CIFAR-100
     F_t      teacher_maps      (N, C, H, W)     alpha    alpha              0.001
     r(F_s)   student_maps      (N, C, H, W)     m_C      channel_margin()   (C,)
@@ -25,7 +25,7 @@ Departures from the paper and from the authors' code:
  1. L_distill is summed over channels and pixels and divided by the batch size, as in the code; the
     paper leaves the batch out. Eq. 4's T is the transformed teacher, sigma_m(F_t), as in Eq. 5.
  2. channel_margin holds for any gamma and beta; the code puts -3 sigma where less than 0.1 % of a
-    channel is negative: -0.28 sigma is true there. Eq. 9's root is of 2 pi. A ResNet's map is
+    channel is negative: there -0.28 sigma is true. Eq. 9 means sqrt(2 pi) sigma. A ResNet's map is
     BatchNorm plus shortcut; its margin is the BatchNorm's, as in the code, no average (Appendix A).
  3. Section 3.3 wants the teacher's BatchNorm in training mode; the code's then updates its running
     statistics, our copy has none. In Tables 8 and 9, too, all connectors have a BatchNorm here.
@@ -71,8 +71,8 @@ RECIPES = {
                    milestones=[0.6, 0.8, 0.95]),        # ours, found on the validation split
 }
 RECIPES["scenes"] = dict(RECIPES["shapes"], epochs=30, batch_size=16, lr=0.1, alpha=1e-4)
-METHOD_FLAGS = {
-    "alpha": dict(help="of L_distill"), "layers": dict(choices=["all", "last"], help="which"),
+METHOD_FLAGS = {"alpha": dict(help="weight of L_distill"),
+    "layers": dict(choices=["all", "last"], help="which are distilled"),
     "position": dict(choices=["end", "pre-relu"], help="of a group, or before the next ReLU"),
     "distance": dict(choices=["l2", "partial-l2"], help="l2: to the teacher's map as it is"),
     "teacher_bn": dict(choices=["batch", "running"], help="what it normalises by, teaching")}
@@ -101,7 +101,7 @@ def margin_relu(feature: Tensor, margin: Tensor) -> Tensor:
 def partial_l2(student: Tensor, teacher_target: Tensor) -> Tensor:
     """Eq. 4: d_p(T, S), T the margin ReLU's output, both (N, C, H, W) -> a scalar, their SUM.
 
-    Where S <= T <= 0 the student is right already: no loss and no gradient. Unequal: ValueError.
+    Where S <= T <= 0 the student is right: no loss, no gradient. Unequal: ValueError, "connector".
     """
     if student.shape != teacher_target.shape:
         raise ValueError(f"{(*student.shape,)} and {(*teacher_target.shape,)} want a connector")
@@ -297,7 +297,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build(name, seed, loader, args, start=None) -> nn.Module:
-    """The network as the seed makes it, or as far as they fit with the weights of a file."""
+    """The network as the seed makes it; from `start`, a file, it has all the weights that fit."""
     torch.manual_seed(seed)
     network = create_model(name, loader.num_classes, pixels=loader.pixels)
     if start:

@@ -426,9 +426,9 @@ REFUSED = [
     ("atang.amd_loss", [STUDENT, OTHER], "differ in size"),
     ("atang.amd_loss", [STUDENT, OTHER, 1.35, 64.0, True], "differ in size"),
     ("fsp.fsp_loss", [pairs(1), pairs(2)[:2]], None),
-    ("fsp.fsp_loss", [[(STUDENT[0], STUDENT[1])], [(STUDENT[1], STUDENT[2])]], None),
+    ("fsp.fsp_loss", [[(STUDENT[0], STUDENT[1])], [(STUDENT[1], STUDENT[2])]], "connect"),
     ("overhaul.overhaul_loss", [STUDENT, LIKE[:2], MARGINS], None),
-    ("overhaul.partial_l2", [STUDENT[0], STUDENT[1]], None),
+    ("overhaul.partial_l2", [STUDENT[0], STUDENT[1]], "connector"),
 ]
 
 

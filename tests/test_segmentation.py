@@ -51,6 +51,11 @@ def test_deeplabs_maps_are_its_norms_and_logits_are_laid_over_the_picture(name):
     for norm, shown in zip(model.pre_relu_norms, taps.pre_relu, strict=True):
         assert shown is outputs[norm] or name == "deeplab_resnet8" and norm in [
             group[-1].last_norm for group in model.backbone.groups]
+    deep, _, stages, _ = model.backbone.maps(images)
+    y = F.interpolate(model.aspp(deep), size=stages[0].shape[2:], mode="bilinear",
+                      align_corners=True)       # torchvision's forward, its ReLU with it
+    y = model.refine(model.mix(torch.cat([y, model.low(stages[0])], 1)))
+    assert torch.allclose(y, taps.pre_relu[-1], atol=1e-5)
     coarse = model.classifier(taps.pre_relu[-1].relu())
     assert torch.allclose(coarse[:, :, 0, 0], taps.logits[:, :, 0, 0], atol=1e-5)   # corners meet
     assert torch.allclose(coarse[:, :, -1, -1], taps.logits[:, :, -1, -1], atol=1e-5)
