@@ -1378,7 +1378,8 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     if len(train.labels) < 2 * world:
         raise UserError(f"{len(train.labels)} training images are too few for {world} processes")
     shared = (class_names, mean.float(), std.float())
-    kind, own, measured_batch = ImageLoader, {"reflect": reflect}, 500 * world
+    kind, own = ImageLoader, {"reflect": reflect}
+    measured_batch = (2000 if device.type == "cuda" else 500) * world
     if in_files:    # large images: as many at a time as in training
         kind, own, measured_batch = FileLoader, {"size": size, "workers": workers}, batch_size
         own["files"] = PixelFiles if dataset == "voc" else PictureFiles

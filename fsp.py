@@ -44,6 +44,7 @@ Departures from the papers and from known code:
     cifar10-jeon has the other scripts' training, with a quarter as many epochs for stage 1.
 """
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -142,7 +143,7 @@ def losses(student, teacher, images, labels, args) -> tuple[Tensor, dict[str, Te
         z = student(images)
         return z, {"ce": F.cross_entropy(to_float32(z), labels)}
     of_student = student(images, taps=True)
-    with torch.no_grad():
+    with beside(args):
         of_teacher = teacher(images, taps=True)
     fsp = fsp_loss(list(zip(of_student.entries, of_student.stages)),
                    list(zip(of_teacher.entries, of_teacher.stages)))
@@ -279,7 +280,8 @@ def parse_args() -> argparse.Namespace:
     if args.device not in devices:
         parser.error(f"--device {args.device}: here are {', '.join(devices)}, one per process")
     args.rank, args.world, args.device_type = rank, world, args.device.split(":")[0]
-    args.place, args.start = args.out.expanduser() / args.dataset / args.recipe, None
+    args.place = args.out.expanduser() / args.dataset / args.recipe
+    args.start = args.side = None
     args.score = "mIoU" if args.dataset in ("scenes", "voc") else "accuracy"
     if args.device_type == "cuda":
         torch.cuda.set_device(args.device)
@@ -310,6 +312,7 @@ def evaluate(model, loader, args) -> float:
 def as_cuda_graph(step, args):
     """The step, recorded once and replayed: its 400 kernels no longer wait for Python."""
     graph, side, warm, held = torch.cuda.CUDAGraph(), torch.cuda.Stream(), [], []
+    args.side = None if args.compile else side
 
     def replay(images, labels):
         if len(labels) < args.batch_size or len(warm) < 4:      # warm-up, or an odd last batch
@@ -321,12 +324,23 @@ def as_cuda_graph(step, args):
         if not held:
             held.extend([images.clone(), labels.clone()])
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                side.wait_stream(torch.cuda.current_stream())       # for beside()
                 held.append(step(*held))
+                torch.cuda.current_stream().wait_stream(side)
         held[0].copy_(images)
         held[1].copy_(labels)
         graph.replay()
         return held[2]
     return replay
+
+
+@contextlib.contextmanager
+def beside(args):
+    """For the teacher: no gradient; in a recorded step its pass runs beside the student's."""
+    with torch.no_grad(), torch.cuda.stream(args.side) if args.side else contextlib.nullcontext():
+        yield
+    if args.side:
+        torch.cuda.current_stream().wait_stream(args.side)
 
 
 def read_run(folder) -> dict:

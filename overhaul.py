@@ -37,6 +37,7 @@ Departures from the paper and from the authors' code:
     dropout while distilling. Table 5, detection, is missing: SSD's layers on ResNets are not told.
 """
 import argparse
+import contextlib
 import copy
 import hashlib
 import io
@@ -178,7 +179,7 @@ def losses(student, teacher, images, labels, args) -> tuple[Tensor, dict[str, Te
         z = student(images)
         return z, {"ce": F.cross_entropy(to_float32(z), labels)}
     z, F_s = student(images, taps=True)     # F_s: r(F_s), behind the connectors
-    with torch.no_grad():
+    with beside(args):
         of_teacher = teacher(images, taps=True)
     F_t = compared(of_teacher.stages, of_teacher.pre_relu, args)
     ce = F.cross_entropy(to_float32(z), labels)
@@ -285,7 +286,8 @@ def parse_args() -> argparse.Namespace:
     if args.device not in devices:
         parser.error(f"--device {args.device}: here are {', '.join(devices)}, one per process")
     args.rank, args.world, args.device_type = rank, world, args.device.split(":")[0]
-    args.place, args.start = args.out.expanduser() / args.dataset / args.recipe, None
+    args.place = args.out.expanduser() / args.dataset / args.recipe
+    args.start = args.side = None
     args.score = "mIoU" if args.dataset in ("scenes", "voc") else "accuracy"
     if args.device_type == "cuda":
         torch.cuda.set_device(args.device)
@@ -316,6 +318,7 @@ def evaluate(model, loader, args) -> float:
 def as_cuda_graph(step, args):
     """The step, recorded once and replayed: its 400 kernels no longer wait for Python."""
     graph, side, warm, held = torch.cuda.CUDAGraph(), torch.cuda.Stream(), [], []
+    args.side = None if args.compile else side
 
     def replay(images, labels):
         if len(labels) < args.batch_size or len(warm) < 4:      # warm-up, or an odd last batch
@@ -327,12 +330,23 @@ def as_cuda_graph(step, args):
         if not held:
             held.extend([images.clone(), labels.clone()])
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                side.wait_stream(torch.cuda.current_stream())       # for beside()
                 held.append(step(*held))
+                torch.cuda.current_stream().wait_stream(side)
         held[0].copy_(images)
         held[1].copy_(labels)
         graph.replay()
         return held[2]
     return replay
+
+
+@contextlib.contextmanager
+def beside(args):
+    """For the teacher: no gradient; in a recorded step its pass runs beside the student's."""
+    with torch.no_grad(), torch.cuda.stream(args.side) if args.side else contextlib.nullcontext():
+        yield
+    if args.side:
+        torch.cuda.current_stream().wait_stream(args.side)
 
 
 def read_run(folder) -> dict:

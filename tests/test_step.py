@@ -209,15 +209,18 @@ def test_each_process_has_a_gpu_of_its_own(rank, flag, device, monkeypatch):
     assert chosen == [device] * (device in ("cuda:0", "cuda:1"))
 
 
-def test_what_is_recorded_when(cuda, cli, tmp_path, monkeypatch):
+def test_what_is_recorded_when(cuda, cli, teacher, tmp_path, monkeypatch):
     """Anew for another rate, and only then; nothing where several processes train."""
-    assert cli("kd", *FEW, *SIX, "--out", tmp_path / "alone").code == 0
-    aside = ["Stream().wait_stream", "stream().__enter__", "step", "stream().__exit__",
-             "current_stream().wait_stream"]
-    first = [*aside * 4, "graph", "step", "replay", *aside]
-    calls = [name for name, *_ in cuda.mock_calls if name in first]
-    assert calls == [*first, *["replay"] * 5, *aside, *first]
-    assert cuda.graph.call_args.kwargs == {"capture_error_mode": "thread_local"}
+    fork, enter, leave, join = ("Stream().wait_stream", "stream().__enter__", "stream().__exit__",
+                                "current_stream().wait_stream")
+    for flags, inner in (FEW, []), (teacher, [enter, leave, join]):     # the teacher's stream
+        cuda.reset_mock()
+        assert cli("kd", *flags, *SIX, "--out", tmp_path / f"{len(inner)}").code == 0
+        aside = [fork, enter, "step", *inner, leave, join]
+        first = [*aside * 4, "graph", fork, "step", *inner, join, "replay", *aside]
+        calls = [name for name, *_ in cuda.mock_calls if name in first]
+        assert calls == [*first, *["replay"] * 5, *aside, *first]
+        assert cuda.graph.call_args.kwargs == {"capture_error_mode": "thread_local"}
     cuda.reset_mock()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model: model)
@@ -249,7 +252,7 @@ def test_a_step_stays_on_the_gpu(script, monkeypatch):
     loader = common.load_data("shapes", "", 32, "meta", augment=True, seed=0)[0]
     assert {x.device.type for x in next(iter(loader))} == {"meta"}, "batches are made where asked"
     args = Namespace(**module.RECIPES["cifar10-jeon"], teacher="wrn16_3", student="wrn16_1",
-                     image_size=32, device=cuda, fsp_lambda=1.0)
+                     image_size=32, device=cuda, fsp_lambda=1.0, side=None)
     for name in ("torch.nn.Module.to", "torch.nn.Module.double", "copy.deepcopy"):
         monkeypatch.setattr(name, lambda self, *_, **__: self)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
