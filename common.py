@@ -877,6 +877,7 @@ class ImageLoader(Loader):
                 self.labels = torch.from_numpy(labels).to(device)
         self.images = images.to(device)
         self.count = len(self.labels)       # of images in a pass
+        self.at_once = 16 if device.type == "cuda" else 1       # batches: fewer, larger kernels
         if shuffle:
             last = self.count % batch_size
             each = last // self.world       # of its images for each process
@@ -894,8 +895,8 @@ class ImageLoader(Loader):
         flip = torch.randint(2, (1, count), generator=generator)
         plan = torch.cat([order[None], shift, flip])[:, :self.count].to(device)
         pixels = torch.arange(self.size, device=device)
-        for batch in plan.split(self.batch_size, dim=1):
-            chosen, down, right, mirrored = batch[:, self.rank::self.world]
+        for part in plan.split(self.at_once * self.batch_size, dim=1):
+            chosen, down, right, mirrored = part[:, self.rank::self.world]
             if not len(chosen):     # fewer images are left to measure than there are processes
                 return
             labels = self.labels[chosen]
@@ -911,7 +912,8 @@ class ImageLoader(Loader):
                     labels = self.labels.view(-1)[places].view(-1, self.size, self.size)
             else:
                 images = self.images[chosen]
-            yield self.normalise(images), labels
+            share = self.batch_size // self.world
+            yield from zip(self.normalise(images).split(share), labels.split(share))
 
 
 class PictureFiles(Dataset):
@@ -969,6 +971,26 @@ class PixelFiles(Dataset):
         return image.permute(1, 2, 0), mask.masked_fill(mask == 255, -100)
 
 
+def decoded(batches: DataLoader) -> Iterator:
+    """What its worker processes have read; their errors in one line."""
+    trouble = ""
+    try:
+        for batch in batches:
+            if hasattr(signal, "SIGCHLD"):  # torch would raise in whatever line runs just then
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield batch
+    except (UserError, RuntimeError) as error:
+        # a worker's error comes with its traceback, the error last
+        trouble = str(error).strip().rpartition("UserError: ")[2]
+        if trouble.startswith("DataLoader worker"):
+            trouble = "a process that decodes images was killed: try fewer --workers"
+        elif not isinstance(error, UserError):
+            raise
+        error.__traceback__ = None      # whose frames keep the other workers alive
+    if trouble:
+        raise UserError(trouble)
+
+
 class FileLoader(Loader):
     """Of pictures that stay in their files, which worker processes decode anew each epoch."""
 
@@ -994,25 +1016,12 @@ class FileLoader(Loader):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device, trouble = self.labels.device, ""
         self.files.seed = self.seed * 1_000_003 + self.epoch
         if self.shuffle:
             self.batches.sampler.set_epoch(self.files.seed)
-        try:
-            for images, labels in self.batches:
-                if hasattr(signal, "SIGCHLD"):  # torch would raise in whatever line runs just then
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                yield self.normalise(images.to(device, non_blocking=True)), labels.to(device)
-        except (UserError, RuntimeError) as error:
-            # a worker's error comes with its traceback, the error last
-            trouble = str(error).strip().rpartition("UserError: ")[2]
-            if trouble.startswith("DataLoader worker"):
-                trouble = "a process that decodes images was killed: try fewer --workers"
-            elif not isinstance(error, UserError):
-                raise
-            error.__traceback__ = None      # whose frames keep the other workers alive
-        if trouble:
-            raise UserError(trouble)
+        for images, labels in decoded(self.batches):
+            images = images.to(self.labels.device, non_blocking=True)
+            yield self.normalise(images), labels.to(self.labels.device)
 
 
 SHAPES = "disk ring crescent square triangle cross star clover heart corner".split()
@@ -1132,9 +1141,7 @@ def look_into(folder: Path, seen: set[Path]) -> tuple[list[Path], list[str]]:
 
 def files_below(folder: Path, seen: set[Path]) -> list[str]:
     folders, files = look_into(folder, seen)
-    for inner in folders:
-        files += files_below(inner, seen)
-    return files
+    return files + [file for inner in folders for file in files_below(inner, seen)]
 
 
 def in_short(names: Iterable[str]) -> str:
@@ -1241,22 +1248,21 @@ def read_voc(data_dir: Path, workers: int) -> dict[str, Split]:
 
 def read_square(path: str, size: int) -> Tensor:
     """A picture squeezed to (size, size, 3) uint8."""
-    picture = decode(path)
-    if picture.size != (size, size):
-        picture = v2.functional.resize(picture, [size, size])
+    picture = v2.functional.resize(decode(path), [size, size])
     return v2.functional.pil_to_tensor(picture).permute(1, 2, 0)
 
 
-def read_squares(paths: Sequence[str], size: int, threads: int) -> Tensor:
-    """All pictures in memory, (N, size, size, 3) uint8."""
+def read_batch(paths: Sequence[str], size: int) -> Tensor:
+    return torch.stack([read_square(path, size) for path in paths])
+
+
+def read_squares(paths: Sequence[str], size: int, workers: int) -> Tensor:
+    """All pictures in memory, (N, size, size, 3) uint8; few of them without other processes."""
     images = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
-    with ThreadPoolExecutor(max(1, threads)) as pool:       # PIL decodes without Python's lock
-        for index, image in enumerate(pool.map(partial(read_square, size=size), paths)):
-            images[index] = image
-            done = index + 1
-            if sys.stderr.isatty() and (done % 500 == 0 or done == len(paths)):
-                print(f"decoded {done} of {len(paths)} images", file=sys.stderr,
-                      end="\n" if done == len(paths) else "\r")
+    batches = DataLoader(list(paths), 100, num_workers=workers if len(paths) >= 1000 else 0,
+                         collate_fn=partial(read_batch, size=size), generator=torch.Generator())
+    for part, batch in zip(images.split(100), decoded(batches)):
+        part.copy_(batch)
     return images
 
 
@@ -1314,7 +1320,7 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     split         "test", or "val" for tuning: the data set's own validation split, or else a fixed
                   tenth of the training images, which are then not trained on. Where there is no
                   test split both measure "val"; settings["split"] says which it is
-    workers       processes that decode images in files, or threads that read them into memory
+    workers       processes that decode images in files, or read them into memory
     ImageNet, VOC, and folders from 64 pixels on, stay in files. Normalised is by mean and std of
     the training images, of a sample where they stay in files, and by ImageNet's for it and VOC.
     """

@@ -87,6 +87,21 @@ def test_batches_depend_on_seed_and_epoch_alone():
     assert torch.equal(first[0], whole_epoch(other, 4)[0])
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_batches_made_together_are_those_made_alone(shuffle, world):
+    """As on a GPU: 16 at once are normalised and cut together, then dealt."""
+    loader = loader_of(pictures(38), shuffle=shuffle, augment=shuffle, batch_size=6)
+    loader.world = world
+    alone = [*loader]
+    loader.at_once = 4
+    together = [*loader]
+    assert [len(labels) for _, labels in alone] == [6 // world] * 6 + [2 // world]
+    assert all(torch.equal(x, y) for pair in zip(alone, together, strict=True)
+               for x, y in zip(*pair))
+    assert together[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
 # --- data sets ----------------------------------------------------------------------------------
 def test_shapes_are_drawn_alike_and_know_where_the_object_is():
     split, again = (common.draw_shapes.__wrapped__(500, 3) for _ in range(2))
@@ -315,6 +330,13 @@ def test_what_goes_wrong_in_a_worker_is_one_line_and_no_worker_stays(photos, tmp
         for _ in train:
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
             time.sleep(0.2)     # a signal that torch would raise in, here
+    assert not multiprocessing.active_children()
+    small = [str(photos / "train/cat/00.jpg"), str(photos / "train/bird/00.jpg")] * 500
+    squares = common.read_squares(small, 8, workers=2)      # so many are read by processes, too
+    for number in (0, 1, 499, 999):
+        assert torch.equal(squares[number], common.read_square(small[number], 8))
+    with pytest.raises(UserError, match=rf"^cannot decode {path} \(.*\); repair or remove it$"):
+        common.read_squares([*small, str(path)], 8, workers=2)
     assert not multiprocessing.active_children()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=1 << 18))
     assert in_files(photos, workers=1)      # 2 batches of 8 images of 12 KB

@@ -429,9 +429,8 @@ def test_wrong_input_of_look_is_one_line(cli, tmp_path):
 
 def test_the_benchmark_trains(tmp_path):
     """Both stages of FSP, and the plain loop on what its main() hands to train()."""
-    bench.draw_files(tmp_path, 32, 32, 32, "png")
     torch.save(common.create_model("wrn10_1", 10).state_dict(), tmp_path / "teacher.pt")
-    flags = (f"--dataset folder --data-dir {tmp_path} --teacher-ckpt {tmp_path}/teacher.pt "
+    flags = (f"--dataset shapes --train-images 32 --teacher-ckpt {tmp_path}/teacher.pt "
              f"--batch-size 16 --epochs 2 --fsp-epochs 2 --teacher wrn10_1 --student resnet8 "
              f"--device cpu").split()
     rates = bench.ours("fsp", flags), bench.reference("fsp", tuple(flags), 0)

@@ -88,12 +88,19 @@ class Handed(Exception):
 
 
 @functools.lru_cache
-def data_once(*args: object, **options: object) -> tuple:
-    return common.load_data(*args, **options)
+def data_once(*args: object, train_images: int, **options: object) -> tuple:
+    """load_data, with random pictures of 32 pixels for shapes."""
+    def draw(count: int, seed: int) -> common.Split:
+        count = train_images if seed == 1 else 500
+        images = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8)
+        return common.Split(images, torch.arange(count) % 10)
+
+    with mock.patch.object(common, "draw_shapes", draw):
+        return common.load_data(*args, **options)
 
 
 def run_main(script: str, flags: list[str], **replaced: Callable) -> None:
-    """A script's main() in this process, quietly, on data that are read once."""
+    """A script's main() in this process, quietly, on data that are made once."""
     module = importlib.import_module(script)
     with (mock.patch.multiple(module, load_data=data_once, **replaced),
           mock.patch.object(sys, "argv", [f"{script}.py", *flags]),
@@ -146,12 +153,11 @@ def reference(script: str, flags: tuple[str, ...], workers: int) -> list[float]:
 
 
 def compare_training(options: argparse.Namespace, folder: Path) -> None:
-    draw_files(folder, options.steps * options.batch, 32, 32, "png")
     teacher = folder / "teacher.pt"
     torch.save(common.create_model("wrn16_3", 10).state_dict(), teacher)
-    shared = ["--dataset", "folder", "--data-dir", str(folder), "--recipe", "cifar10-jeon",
-              "--augment", "--epochs", "3", "--milestones", "--lr", "0.001", "--batch-size",
-              str(options.batch), "--device", options.device]
+    shared = ["--dataset", "shapes", "--train-images", str(options.steps * options.batch),
+              "--recipe", "cifar10-jeon", "--augment", "--epochs", "3", "--milestones", "--lr",
+              "0.001", "--batch-size", str(options.batch), "--device", options.device]
     contests = [("teacher alone", "kd", [*shared, "--baseline", "--student", "wrn16_3"])]
     for name in options.scripts:
         flags = [*shared, "--teacher-ckpt", str(teacher)]
