@@ -126,6 +126,14 @@ def test_the_gain_of_the_first_commands_is_that_of_the_recorded_runs():
     assert told in " ".join(README.split())
 
 
+def test_the_runs_at_full_length_are_the_recorded_ones():
+    teacher, student = (reproduce.complete(RECORDS / f"cifar10/folder/cifar10-jeon/baseline/{name}/"
+                                           f"seed0") for name in ("wrn16_3", "wrn16_1"))
+    assert len(teacher) == len(student) == 201 and teacher[0]["settings"]["images"][0] == 50000
+    told = f"teacher has {teacher[-1]['test']:.2f} and the baseline {student[-1]['test']:.2f};"
+    assert told in " ".join(README.split())
+
+
 def test_the_recorded_runs_are_of_todays_recipes():
     """A recipe that changes makes a table another table."""
     runs = [run for run in reproduce.runs_below(RECORDS) if "stage1" not in run.parts]
