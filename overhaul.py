@@ -247,7 +247,7 @@ def parse_args() -> argparse.Namespace:
     add("--train-images", type=int, help="number of training images, class-balanced; None: all")
     add("--image-size", type=int, help="pixels, of folders and voc")
     add("--split", default="test", choices=["test", "val"], help="what is measured: tune on val")
-    add("--workers", type=int, help="processes that decode large images; None: the cores")
+    add("--workers", type=int, help="processes that read pictures in files; None: the cores")
     add("--recipe", choices=RECIPES, help="whose defaults stand below")
     add("--baseline", action="store_true", help="train the student with cross-entropy alone")
     either = parser.add_mutually_exclusive_group().add_argument         # not both

@@ -126,6 +126,22 @@ def test_the_gain_of_the_first_commands_is_that_of_the_recorded_runs():
     assert told in " ".join(README.split())
 
 
+def test_what_shows_of_the_papers_claims_is_in_the_recorded_runs():
+    """Each `a` over `b` of the table: the mean difference seed by seed, and its standard error."""
+    rows = re.findall(r"\| `([\w-]+)` over `(\w+)` \| \S* ?\| (.+) \| (.+) \|", SHOWN)
+    assert len(rows) == 7
+    for first, second, *told in rows:
+        for place, seeds, cell in zip(("shapes/shapes", "epochs-15_cifar10-images/folder/"
+                                       "cifar10-jeon"), (5, 3), told, strict=True):
+            tests = []
+            for method in (first, second):
+                run = RECORDS / place / method / "wrn16_3-wrn16_1".removeprefix(
+                    "wrn16_3-" * (method == "baseline"))
+                tests.append({seed: reproduce.complete(run / f"seed{seed}")[-1]["test"]
+                              for seed in range(seeds)})
+            assert reproduce.gain(*tests) == cell, (first, second)
+
+
 def test_the_runs_at_full_length_are_the_recorded_ones():
     teacher, student = (reproduce.complete(RECORDS / f"cifar10/folder/cifar10-jeon/baseline/{name}/"
                                            f"seed0") for name in ("wrn16_3", "wrn16_1"))
