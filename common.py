@@ -877,7 +877,7 @@ class ImageLoader(Loader):
                 self.labels = torch.from_numpy(labels).to(device)
         self.images = images.to(device)
         self.count = len(self.labels)       # of images in a pass
-        self.at_once = 16 if device.type == "cuda" else 1       # batches: fewer, larger kernels
+        self.at_once = 16 if shuffle and device.type == "cuda" else 1   # batches: larger kernels
         if shuffle:
             last = self.count % batch_size
             each = last // self.world       # of its images for each process
