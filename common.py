@@ -976,7 +976,8 @@ def decoded(batches: DataLoader) -> Iterator:
     trouble = ""
     try:
         for batch in batches:
-            if hasattr(signal, "SIGCHLD"):  # torch would raise in whatever line runs just then
+            if batches.num_workers and hasattr(signal, "SIGCHLD"):
+                # torch would raise in whatever line runs just then
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield batch
     except (UserError, RuntimeError) as error:
@@ -1259,9 +1260,10 @@ def read_batch(paths: Sequence[str], size: int) -> Tensor:
 def read_squares(paths: Sequence[str], size: int, workers: int) -> Tensor:
     """All pictures in memory, (N, size, size, 3) uint8; few of them without other processes."""
     images = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
-    batches = DataLoader(list(paths), 100, num_workers=workers if len(paths) >= 1000 else 0,
+    many = max(1, 2 ** 18 // (3 * size ** 2))       # a quarter of a MB: /dev/shm may be small
+    batches = DataLoader(list(paths), many, num_workers=workers if len(paths) >= 1000 else 0,
                          collate_fn=partial(read_batch, size=size), generator=torch.Generator())
-    for part, batch in zip(images.split(100), decoded(batches)):
+    for part, batch in zip(images.split(many), decoded(batches)):
         part.copy_(batch)
     return images
 
@@ -1385,7 +1387,7 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
         raise UserError(f"{len(train.labels)} training images are too few for {world} processes")
     shared = (class_names, mean.float(), std.float())
     kind, own = ImageLoader, {"reflect": reflect}
-    measured_batch = (2000 if device.type == "cuda" else 500) * world
+    measured_batch = (1000 if device.type == "cuda" else 500) * world
     if in_files:    # large images: as many at a time as in training
         kind, own, measured_batch = FileLoader, {"size": size, "workers": workers}, batch_size
         own["files"] = PixelFiles if dataset == "voc" else PictureFiles

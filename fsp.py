@@ -44,7 +44,6 @@ Departures from the papers and from known code:
     cifar10-jeon has the other scripts' training, with a quarter as many epochs for stage 1.
 """
 import argparse
-import contextlib
 import hashlib
 import io
 import json
@@ -142,9 +141,7 @@ def losses(student, teacher, images, labels, args) -> tuple[Tensor, dict[str, Te
     if teacher is None:
         z = student(images)
         return z, {"ce": F.cross_entropy(to_float32(z), labels)}
-    of_student = student(images, taps=True)
-    with beside(args):
-        of_teacher = teacher(images, taps=True)
+    of_student, of_teacher = both(student, teacher, images, args, taps=True)
     fsp = fsp_loss(list(zip(of_student.entries, of_student.stages)),
                    list(zip(of_teacher.entries, of_teacher.stages)))
     return of_student.logits, {"fsp": args.fsp_lambda * fsp}
@@ -285,6 +282,7 @@ def parse_args() -> argparse.Namespace:
     args.score = "mIoU" if args.dataset in ("scenes", "voc") else "accuracy"
     if args.device_type == "cuda":
         torch.cuda.set_device(args.device)
+        torch.backends.cudnn.benchmark = True       # faster; a restart may choose other kernels
     if args.bf16 is None:
         args.bf16 = args.device_type == "cuda" and torch.cuda.is_bf16_supported(False)
     if world > 1:
@@ -324,9 +322,7 @@ def as_cuda_graph(step, args):
         if not held:
             held.extend([images.clone(), labels.clone()])
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                side.wait_stream(torch.cuda.current_stream())       # for beside()
                 held.append(step(*held))
-                torch.cuda.current_stream().wait_stream(side)
         held[0].copy_(images)
         held[1].copy_(labels)
         graph.replay()
@@ -334,13 +330,19 @@ def as_cuda_graph(step, args):
     return replay
 
 
-@contextlib.contextmanager
-def beside(args):
-    """For the teacher: no gradient; in a recorded step its pass runs beside the student's."""
-    with torch.no_grad(), torch.cuda.stream(args.side) if args.side else contextlib.nullcontext():
-        yield
-    if args.side:
-        torch.cuda.current_stream().wait_stream(args.side)
+def both(student, teacher, images, args, **taps) -> tuple:
+    """What both make of the images, the teacher without gradient; at once in a recorded step."""
+    if args.side is None:
+        own = student(images, **taps)
+        with torch.no_grad():
+            return own, teacher(images, **taps)
+    main = torch.cuda.current_stream()
+    args.side.wait_stream(main)
+    own = student(images, **taps)
+    with torch.no_grad(), torch.cuda.stream(args.side):
+        wanted = teacher(images, **taps)
+    main.wait_stream(args.side)
+    return own, wanted
 
 
 def read_run(folder) -> dict:

@@ -44,7 +44,6 @@ Departures from the paper and from the authors' code:
     teacher's length in an epoch. With 2 that is not so: see tests/reference/README.md.
 """
 import argparse
-import contextlib
 import hashlib
 import io
 import json
@@ -139,11 +138,10 @@ def skd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float,
 
 def losses(student, teacher, images, labels, args) -> tuple[Tensor, dict[str, Tensor]]:
     """The student's logits, and the weighted terms of Eq. 16; without a teacher, of CE alone."""
-    z = student(images)
     if teacher is None:
+        z = student(images)
         return z, {"ce": F.cross_entropy(to_float32(z), labels)}
-    with beside(args):
-        v = teacher(images)
+    z, v = both(student, teacher, images, args)
     tau = args.temperature
     aligned = to_float32(z)     # what the labels act on
     if args.scale == "none":
@@ -256,6 +254,7 @@ def parse_args() -> argparse.Namespace:
     args.score = "mIoU" if args.dataset in ("scenes", "voc") else "accuracy"
     if args.device_type == "cuda":
         torch.cuda.set_device(args.device)
+        torch.backends.cudnn.benchmark = True       # faster; a restart may choose other kernels
     if args.bf16 is None:
         args.bf16 = args.device_type == "cuda" and torch.cuda.is_bf16_supported(False)
     if world > 1:
@@ -295,9 +294,7 @@ def as_cuda_graph(step, args):
         if not held:
             held.extend([images.clone(), labels.clone()])
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                side.wait_stream(torch.cuda.current_stream())       # for beside()
                 held.append(step(*held))
-                torch.cuda.current_stream().wait_stream(side)
         held[0].copy_(images)
         held[1].copy_(labels)
         graph.replay()
@@ -305,13 +302,19 @@ def as_cuda_graph(step, args):
     return replay
 
 
-@contextlib.contextmanager
-def beside(args):
-    """For the teacher: no gradient; in a recorded step its pass runs beside the student's."""
-    with torch.no_grad(), torch.cuda.stream(args.side) if args.side else contextlib.nullcontext():
-        yield
-    if args.side:
-        torch.cuda.current_stream().wait_stream(args.side)
+def both(student, teacher, images, args, **taps) -> tuple:
+    """What both make of the images, the teacher without gradient; at once in a recorded step."""
+    if args.side is None:
+        own = student(images, **taps)
+        with torch.no_grad():
+            return own, teacher(images, **taps)
+    main = torch.cuda.current_stream()
+    args.side.wait_stream(main)
+    own = student(images, **taps)
+    with torch.no_grad(), torch.cuda.stream(args.side):
+        wanted = teacher(images, **taps)
+    main.wait_stream(args.side)
+    return own, wanted
 
 
 def read_run(folder) -> dict:

@@ -146,7 +146,7 @@ def test_the_runs_at_full_length_are_the_recorded_ones():
     teacher, student = (reproduce.complete(RECORDS / f"cifar10/folder/cifar10-jeon/baseline/{name}/"
                                            f"seed0") for name in ("wrn16_3", "wrn16_1"))
     assert len(teacher) == len(student) == 201 and teacher[0]["settings"]["images"][0] == 50000
-    told = f"teacher has {teacher[-1]['test']:.2f} and the baseline {student[-1]['test']:.2f};"
+    told = f"reaches {teacher[-1]['test']:.2f} % and the baseline {student[-1]['test']:.2f} %;"
     assert told in " ".join(README.split())
 
 

@@ -20,8 +20,8 @@ PACKAGES = {"torch", "torchvision", "numpy", "common"}
 FROM_COMMON = {"UserError", "create_model", "model_names", "load_weights", "check_pair",
                "load_data", "DATASETS", "Taps", "Loader"}
 # short is plain; a fork may raise what it needs
-BUDGET = {"kd.py": 420, "at.py": 447, "skd.py": 479, "atang.py": 509, "fsp.py": 508,
-          "overhaul.py": 514, "common.py": 1407, "README.md": 190}
+BUDGET = {"kd.py": 423, "at.py": 449, "skd.py": 482, "atang.py": 511, "fsp.py": 510,
+          "overhaul.py": 517, "common.py": 1409, "README.md": 190}
 METHODS = "at atang fsp overhaul skd"
 
 
@@ -129,7 +129,7 @@ def test_the_budget_of_lines(name):
 
 
 def test_the_shared_text_is_short():
-    assert blocks(ROOT / "kd.py")["the run"].count("\n") <= 295
+    assert blocks(ROOT / "kd.py")["the run"].count("\n") <= 300
 
 
 def test_kd_and_at_differ_by_the_lesson():

@@ -213,11 +213,11 @@ def test_what_is_recorded_when(cuda, cli, teacher, tmp_path, monkeypatch):
     """Anew for another rate, and only then; nothing where several processes train."""
     fork, enter, leave, join = ("Stream().wait_stream", "stream().__enter__", "stream().__exit__",
                                 "current_stream().wait_stream")
-    for flags, inner in (FEW, []), (teacher, [enter, leave, join]):     # the teacher's stream
+    for flags, inner in (FEW, []), (teacher, [fork, enter, leave, join]):       # the teacher's pass
         cuda.reset_mock()
         assert cli("kd", *flags, *SIX, "--out", tmp_path / f"{len(inner)}").code == 0
         aside = [fork, enter, "step", *inner, leave, join]
-        first = [*aside * 4, "graph", fork, "step", *inner, join, "replay", *aside]
+        first = [*aside * 4, "graph", "step", *inner, "replay", *aside]
         calls = [name for name, *_ in cuda.mock_calls if name in first]
         assert calls == [*first, *["replay"] * 5, *aside, *first]
         assert cuda.graph.call_args.kwargs == {"capture_error_mode": "thread_local"}

@@ -1051,7 +1051,7 @@ def main() -> None:
     add("--measure", type=Path, nargs="+", metavar="RUN", help="runs' folders")
     add_plan_flags(add)
     add("--jobs", type=positive, default=1 if torch.cuda.is_available() else os.cpu_count(),
-        help="runs side by side, one thread each on a CPU; on a GPU it pays with MPS alone")
+        help="runs side by side, one thread each on a CPU; on a GPU more pay only under MPS")
     add("--show", action="store_true", help="print what is finished, train nothing")
     add("--out", type=Path, default="runs/tables", help="the folder of the tables' runs")
     args, extra = parser.parse_known_args()
