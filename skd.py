@@ -303,7 +303,7 @@ def as_cuda_graph(step, args):
 
 
 def both(student, teacher, images, args, **taps) -> tuple:
-    """What both make of the images, the teacher without gradient; at once in a recorded step."""
+    """Both outputs, the teacher's without gradient; recorded, the passes run at the same time."""
     if args.side is None:
         own = student(images, **taps)
         with torch.no_grad():
