@@ -142,7 +142,13 @@ def test_what_shows_of_the_papers_claims_is_in_the_recorded_runs():
             assert reproduce.gain(*tests) == cell, (first, second)
 
 
-def test_the_runs_at_full_length_are_the_recorded_ones():
+def test_the_runs_at_full_length_and_from_their_teacher_are_the_recorded_ones(cli):
+    text = SHOWN.replace("\\\n", "")
+    command, = re.findall(r"reproduce\.py (atang-2 .*--teacher-ckpt \S+)\n", text)
+    done = cli("reproduce", *command.split(), "--show", "--out", RECORDS)
+    assert "\n".join(line for line in done.out.splitlines() if line.startswith("|")) in SHOWN
+    gains = re.findall(r"\| \+(\d\.\d\d) \| 1 \|", done.out)
+    assert "KD gains {}, AT+KD {} and ATang+KD {}".format(*gains) in " ".join(README.split())
     teacher, student = (reproduce.complete(RECORDS / f"cifar10/folder/cifar10-jeon/baseline/{name}/"
                                            f"seed0") for name in ("wrn16_3", "wrn16_1"))
     assert len(teacher) == len(student) == 201 and teacher[0]["settings"]["images"][0] == 50000
