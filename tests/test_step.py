@@ -200,12 +200,14 @@ def test_each_process_has_a_gpu_of_its_own(rank, flag, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda name: chosen.append(name))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setattr(sys, "argv", ["kd.py", *filter(None, [flag])])
     chosen = []
     with pytest.raises(SystemExit) if device is None else contextlib.nullcontext():
         args = kd.parse_args()
-        assert (args.device, args.bf16) == (device, device != "cpu")
+        assert args.device == device
+        assert args.bf16 == torch.backends.cudnn.benchmark == (device != "cpu")
     assert chosen == [device] * (device in ("cuda:0", "cuda:1"))
 
 
