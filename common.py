@@ -18,7 +18,6 @@ import platform
 import re
 import shutil
 import signal
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial

@@ -101,11 +101,15 @@ def driven() -> list[str]:
     return sorted({" ".join(line.split("#")[0].split("`")[0].split()) for line in found})
 
 
+def table_of(out: str) -> str:
+    return "\n".join(line for line in out.splitlines() if line.startswith("|"))
+
+
 @pytest.mark.parametrize("command", driven())
 def test_a_table_of_the_readme_is_that_of_the_recorded_runs(command, cli):
     """To the letter what the driver prints from the recorded runs."""
     done = cli("reproduce", *command.split(), "--show", "--out", RECORDS)
-    table = "\n".join(line for line in done.out.splitlines() if line.startswith("|"))
+    table = table_of(done.out)
     assert done.code == 0 and table.count("±") > 4 and len(driven()) > 1, done.err
     assert table in SHOWN
 
@@ -135,8 +139,8 @@ def test_what_shows_of_the_papers_claims_is_in_the_recorded_runs():
                                        "cifar10-jeon"), (5, 3), told, strict=True):
             tests = []
             for method in (first, second):
-                run = RECORDS / place / method / "wrn16_3-wrn16_1".removeprefix(
-                    "wrn16_3-" * (method == "baseline"))
+                networks = "wrn16_1" if method == "baseline" else "wrn16_3-wrn16_1"
+                run = RECORDS / place / method / networks
                 tests.append({seed: reproduce.complete(run / f"seed{seed}")[-1]["test"]
                               for seed in range(seeds)})
             assert reproduce.gain(*tests) == cell, (first, second)
@@ -146,7 +150,7 @@ def test_the_runs_at_full_length_and_from_their_teacher_are_the_recorded_ones(cl
     text = SHOWN.replace("\\\n", "")
     command, = re.findall(r"reproduce\.py (atang-2 .*--teacher-ckpt \S+)\n", text)
     done = cli("reproduce", *command.split(), "--show", "--out", RECORDS)
-    assert "\n".join(line for line in done.out.splitlines() if line.startswith("|")) in SHOWN
+    assert table_of(done.out) in SHOWN
     gains = re.findall(r"\| \+(\d\.\d\d) \| 1 \|", done.out)
     assert "KD gains {}, AT+KD {} and ATang+KD {}".format(*gains) in " ".join(README.split())
     teacher, student = (reproduce.complete(RECORDS / f"cifar10/folder/cifar10-jeon/baseline/{name}/"
