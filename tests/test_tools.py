@@ -75,6 +75,10 @@ def test_what_is_replaced_and_where_runs_lie():
     # FSP's Table 1: the three students share the first stage, so that they are one process
     three, = (job for job in jobs_of("fsp-1") if "--shared-stage1" in job.line)
     assert len(three.runs) == 3 and "--epochs 54 --fsp-epochs 82" in " ".join(three.line)
+    # an early-stopped teacher is its script's own: all seeds of a row are one process
+    early = [job for job in jobs_of("kd-early", runs=2) if "--teacher-epochs" in job.line]
+    assert [len(job.runs) for job in early] == [2, 2, 2] and "--teacher-ckpt" not in str(early)
+    assert "--teacher-epochs 80" in " ".join(early[1].line) and early[1].teacher is None
     # settings e and f learn with half the batch, their teacher too; of one pair a to f are one
     halves = [" ".join(job.line) for job in jobs_of("overhaul-3") if "pyramidnet" in str(job)]
     assert halves and all("--batch-size 64" in line for line in halves)
@@ -241,12 +245,13 @@ def test_measurements_of_finished_runs(cli, tmp_path):
     for line, own, accuracy in zip(lines, z, tests):
         p, q = softmax(own), softmax(v)
         kl, ce = (q * np.log(q / p)).sum(1).mean(), -np.log(p[np.arange(200), labels]).mean()
+        top_5 = 100 * (own.argsort(1)[:, -5:] == labels[:, None]).any(1).mean()
         assert line.endswith(f"test accuracy {accuracy:.2f} %, cross-entropy {ce:.4f}, "
-                             f"KL(teacher || student) {kl:.4f}")
+                             f"KL(teacher || student) {kl:.4f}, top-5 {top_5:.2f} %")
     together = 100 * (sum(map(softmax, z)).argmax(1) == labels).mean()
-    assert lines[-6] == f"average {np.mean(tests):.2f} %, ensemble {together:.2f} %", "the legend"
+    assert lines[-7] == f"average {np.mean(tests):.2f} %, ensemble {together:.2f} %", "the legend"
     columns = {re.sub(" (student|teacher)", "", name) for name in re.split("  +", lines[2])[1:]}
-    for name in columns | {"accuracy", "cross-entropy", "KL", "ensemble"}:
+    for name in columns | {"accuracy", "top-5", "cross-entropy", "KL", "ensemble"}:
         assert sum(line.startswith(f"{name}  ") for line in lines) == 1, f"no legend of {name}"
     three = [reproduce.Outputs(Namespace(labels=torch.tensor([1])), 0, torch.tensor([p]), {})
              for p in ([0.5, 0.3, 0.2], [0.0, 0.4, 0.6], [0.5, 0.4, 0.1])]

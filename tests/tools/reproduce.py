@@ -178,6 +178,13 @@ TABLES = {
             wrn28_3 wrn16_1 88.65±0.10 84.11±0.21 85.15±0.59 85.26±0.03 85.70±0.09""") +
         of_pairs(LARGE, """
             wrn28_3 wrn16_3 88.65±0.10 87.76±0.12 89.07±0.10 89.16±0.07 89.30±0.10""")),
+    "kd-early": Table(
+        "ATang, Section 3.1", "does a teacher stopped early teach better?", "cifar10", 5,
+        of_pairs(ALONE | {"KD": "kd.py"} | {
+            f"KD, teacher stopped at {part}": f"kd.py --teacher-epochs {part}E"
+            for part in ("1/4", "2/5", "3/5")},
+                 "wrn16_3 wrn16_1 87.76±0.12 84.11±0.21 85.29±0.15 - - -"),
+        note="The paper stops its teachers early, as Cho and Hariharan do, but names no epoch."),
     "atang-3": Table("ATang, Table 3", "and on CINIC-10?", "cinic10", 5, of_pairs(ATANG, """
             wrn16_3 wrn16_1 84.15±0.04 79.49±0.08 80.87±0.04 80.83±0.06 80.98±0.02
             wrn28_3 wrn16_1 85.58±0.03 79.49±0.08 80.15±0.03 80.25±0.06 80.28±0.04
@@ -508,7 +515,7 @@ class Plan:
     def job(self, row: Row, seeds: Iterable[int]) -> Job:
         script, words = self.command(row)
         runs, teacher = tuple(self.run(row, seed) for seed in seeds), None
-        if "--baseline" not in words:
+        if "--baseline" not in words and "--teacher-epochs" not in words:
             words += "--teacher-ckpt", str(self.checkpoint(row))
             teacher = None if self.ready else self.run(self.teacher_row(row), 0)
         words += "--seed", str(seeds[0]), "--out", str(runs[0].parents[4])
@@ -527,9 +534,9 @@ class Plan:
             for row in self.rows:
                 if row.command.startswith("teacher"):
                     continue
-                if "--shared-stage1" not in row.command:
+                if not re.search("--shared-stage1|--teacher-epochs", row.command):
                     jobs.append(self.job(row, [seed]))
-                elif seed == 0:     # one process, since they share it
+                elif seed == 0:     # one process, since they share it, or their teacher
                     jobs.append(self.job(row, range(self.runs)))
         return list({job.runs[0]: job for job in jobs}.values())
 
@@ -870,6 +877,9 @@ def outputs(run: Path, data_dir: Path | None, teacher: tuple[str, Path] | None =
     z, labels = logits_of(student_of(run), run / "last.pt", loader), loader.labels
     accuracy = 100 * (z.argmax(1) == labels).double().mean().item()
     values = {"": {"CE": F.cross_entropy(z, labels).item()}}
+    if loader.num_classes > 5:
+        right = z.topk(5).indices == labels[:, None]
+        values[""]["top-5"] = 100 * right.any(1).double().mean().item()
     if teacher:
         v = logits_of(*teacher, loader)
         values[""]["KL"] = F.kl_div(z.log_softmax(1), v.log_softmax(1), reduction="batchmean",
@@ -890,6 +900,7 @@ def ensemble(of: list[Outputs]) -> float:
 
 OF_OUTPUTS = """
 accuracy       images classified correctly, in per cent; higher is better
+top-5          images whose class is among the five likeliest, in per cent; higher is better
 cross-entropy  with the labels, in nats per image; lower is better
 KL             from the teacher's probabilities, tau = 1, in nats; lower: more like the teacher
 ensemble       accuracy of the runs' mean probabilities, in per cent; higher is better"""
@@ -914,6 +925,7 @@ def measure(runs: list[Path], data_dir: Path | None) -> None:
         measured.append(one)
         found = one.values.pop("")
         kl = f", KL(teacher || student) {found['KL']:.4f}" if "KL" in found else ""
+        kl += f", top-5 {found['top-5']:.2f} %" if "top-5" in found else ""
         print(f"{run}: {log_of(run)[0]['settings']['split']} accuracy {one.accuracy:.2f} %, "
               f"cross-entropy {found['CE']:.4f}{kl}")
         for temperature, values in one.values.items():
