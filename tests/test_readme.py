@@ -149,45 +149,59 @@ def test_what_shows_of_the_papers_claims_is_in_the_recorded_runs():
 
 def test_the_runs_on_cifar10_are_the_recorded_ones(cli):
     """200 epochs and 16 beside the paper's Table 2; of the former the best epochs, too."""
-    text = SHOWN.replace("\\\n", "")
-    command, = re.findall(r"reproduce\.py (atang-2 .*--teacher-ckpt \S+)\n", text)
-    assert table_of(cli("reproduce", *command.split(), "--show", "--out", RECORDS).out) in SHOWN
+    command, = re.findall(r"reproduce\.py (atang-2 .*--teacher-ckpt \S+)\n",
+                          SHOWN.replace("\\\n", ""))
+    table = table_of(cli("reproduce", *command.split(), "--show", "--out", RECORDS).out)
+    assert table in SHOWN and table.count("|") == 6 * 6
     paper = {row.label: row.paper for row in reproduce.TABLES["atang-2"].rows[:5]}
     networks = {"teacher": "baseline/wrn16_3", "baseline": "baseline/wrn16_1"}
     networks |= {label: f"{reproduce.ATANG[label].removesuffix('.py')}/wrn16_3-wrn16_1"
                  for label in ("KD", "AT+KD", "ATang+KD")}
     tests = [{name: float(value.split()[0]) for name, value in paper.items()}, {}, {}]
+    at_length = {}
     for label, place in networks.items():
         source = "" if label == "baseline" else "from-teacher200.pt_"
-        for number, folder in enumerate(("cifar10", f"epochs-16_{source}cifar10"), 1):
+        for number, folder in ((1, "cifar10"), (2, f"epochs-16_{source}cifar10"),
+                               (None, "first_cifar10")):
             run = RECORDS / folder / "folder/cifar10-jeon" / place / "seed0"
             if log := reproduce.complete(run):
-                tests[number][label] = log[-1]["test"]
-            if log and number == 1:
-                best = max(log[1:], key=lambda row: row["test"])
-                assert (f"| {paper[label]} | {log[-1]['test']:.2f} | {best['test']:.2f} "
-                        f"({best['epoch']}) | {reproduce.minutes(run):.1f} |") in SHOWN
+                assert log[0]["settings"]["images"] == [50000, 10000]
+                last, best = log[-1]["test"], max(log[1:], key=lambda row: row["test"])
+            if log and number:
+                tests[number][label] = last
+            if log and number != 2:
+                at_length[label, folder] = f"{last:.2f}", f"{best['test']:.2f}"
+                assert len(log) == 201 and (
+                    f"| {paper[label]} | {last:.2f} | {best['test']:.2f} ({best['epoch']}) | "
+                    f"{reproduce.minutes(run):.1f} |") in SHOWN
         cells = [label]
         for number, own in enumerate(tests):
             value = paper[label] if number == 0 else f"{own[label]:.2f}" if label in own else ""
             gained = label not in reproduce.ALONE and label in own
             cells += [value, f"{own[label] - own['baseline']:+.2f}" if gained else ""]
         assert "|" + "".join(f" {cell} |" if cell else " |" for cell in cells) in README
-    # from the folder `baseline/wrn16_3` of the first: the teacher that comes with the repo
-    kept = torch.load(TEACHER, weights_only=True)
-    run = RECORDS / "cifar10/folder/cifar10-jeon/baseline/wrn16_3/seed0"
-    assert kept["log"] == reproduce.complete(run) and kept["log"][-1]["test"] == tests[1]["teacher"]
+    assert len(tests[1]) == 3 and len(tests[2]) == 4 and len(at_length) == 4
+    lasts, bests = zip(*(at_length[name, "cifar10"] for name in ("teacher", "baseline", "KD")))
+    docstring = " ".join((ROOT / "kd.py").read_text().split('"""')[1].split())
+    assert f"{', '.join(lasts)} here, in the best epochs {', '.join(bests)}" in docstring
+    short = [f"{reproduce.complete(run)[-1]['test']:.2f}" for run in
+             reproduce.runs_below(RECORDS / "epochs-20_cifar10")]       # ATang, then its teacher
+    assert f"teacher {short[1]} %, student {short[0]})" in " ".join(README.split())
 
 
 def test_the_teacher_that_comes_with_the_repo(cli, tmp_path):
-    """It teaches the classes that it has learnt, in their order, and no others."""
-    names = torch.load(TEACHER, weights_only=True)["class_names"]
-    for split, name, shade in itertools.product(("train", "test"), names, (50, 200)):
-        save(tmp_path / "data" / split / name / f"{shade}.png", (shade, 90, 250 - shade))
+    """The recorded run's, and its weights, rounded, those that were measured: 87.50 %."""
+    kept = torch.load(TEACHER, weights_only=True)
+    log = reproduce.complete(RECORDS / "cifar10/folder/cifar10-jeon/baseline/wrn16_3/seed0")
+    assert kept["log"] == log and kept["class_names"] == log[0]["settings"]["class_names"]
     flags = ["--epochs", 1, "--batch-size", 10, "--device", "cpu", "--out", tmp_path / "runs",
              "--teacher-ckpt", TEACHER, "--student", "resnet8"]
+    for split, name, shade in itertools.product(("train", "test"), kept["class_names"], (50, 200)):
+        save(tmp_path / "data" / split / name / f"{shade}.png", (shade, 90, 250 - shade))
     done = cli("kd", "--dataset", "folder", "--data-dir", tmp_path / "data", *flags)
     assert done.code == 0 and "200 of 200 epochs on 50000 images" in done.out, done.all
+    run = tmp_path / "runs/folder/cifar10-jeon/kd/wrn16_3-resnet8/seed0"
+    assert reproduce.log_of(run)[0]["settings"]["teacher_hash"] == "6eb4e332"
     assert "another class_names" in cli("kd", "--dataset", "shapes", *flags).refused()
 
 

@@ -10,8 +10,8 @@
                                                networks and method differ; as CSV with --csv FILE
     python tests/tools/reproduce.py --record runs/tables tests/reference/runs.jsonl
                                                keeps their logs in a file, a run a line
-    python tests/tools/reproduce.py --measure RUN ... accuracy, cross-entropy, KL(teacher ||
-                                               student) (Heo et al., Table 7), entropy, free energy
+    python tests/tools/reproduce.py --measure RUN ... accuracy, top-5, cross-entropy, KL(teacher
+                                               || student) (Heo et al., Table 7), entropy, energy
                                                and their gaps beside the theorems (Tables 2 and 7 of
                                                SKD's paper), and the ensemble (FSP's Table 1)
 
@@ -184,7 +184,8 @@ TABLES = {
             f"KD, teacher stopped at {part}": f"kd.py --teacher-epochs {part}E"
             for part in ("1/4", "2/5", "3/5")},
                  "wrn16_3 wrn16_1 87.76±0.12 84.11±0.21 85.29±0.15 - - -"),
-        note="The paper stops its teachers early, as Cho and Hariharan do, but names no epoch."),
+        note="The paper says that it adopts early-stopped KD, Cho and Hariharan's, naming no epoch. "
+             "--table lists the early teachers, which train within their rows."),
     "atang-3": Table("ATang, Table 3", "and on CINIC-10?", "cinic10", 5, of_pairs(ATANG, """
             wrn16_3 wrn16_1 84.15±0.04 79.49±0.08 80.87±0.04 80.83±0.06 80.98±0.02
             wrn28_3 wrn16_1 85.58±0.03 79.49±0.08 80.15±0.03 80.25±0.06 80.28±0.04
@@ -494,7 +495,7 @@ class Plan:
             method += f"-{args.loss}"
         if args.baseline:
             method, networks = "baseline", args.student
-        elif self.args.teacher_ckpt:
+        elif self.args.teacher_ckpt and "--teacher-epochs" not in words:
             named.append("from-" + str(self.args.teacher_ckpt).strip("/").replace("/", "-"))
         named += [self.folder] if self.folder else []
         return self.args.out.joinpath("_".join(named), self.dataset, args.recipe, method, networks,
@@ -862,7 +863,7 @@ class Outputs(NamedTuple):
     loader: Loader              # of these images
     accuracy: float             # per cent
     probabilities: Tensor       # (N, K)
-    values: dict[str, dict]     # "": CE, KL(teacher || student) in nats; gaps by temperature
+    values: dict[str, dict]     # "": CE, KL(teacher || student), top-5; gaps by temperature
 
 
 def outputs(run: Path, data_dir: Path | None, teacher: tuple[str, Path] | None = None) -> Outputs:
@@ -900,9 +901,9 @@ def ensemble(of: list[Outputs]) -> float:
 
 OF_OUTPUTS = """
 accuracy       images classified correctly, in per cent; higher is better
-top-5          images whose class is among the five likeliest, in per cent; higher is better
 cross-entropy  with the labels, in nats per image; lower is better
 KL             from the teacher's probabilities, tau = 1, in nats; lower: more like the teacher
+top-5          images whose class is among the five likeliest, in per cent, of six classes or more
 ensemble       accuracy of the runs' mean probabilities, in per cent; higher is better"""
 OF_GAPS = """
 tau            what the logits are divided by; aligned: scaled as SKD's loss compares them
