@@ -184,8 +184,8 @@ TABLES = {
             f"KD, teacher stopped at {part}": f"kd.py --teacher-epochs {part}E"
             for part in ("1/4", "2/5", "3/5")},
                  "wrn16_3 wrn16_1 87.76±0.12 84.11±0.21 85.29±0.15 - - -"),
-        note="The paper says that it adopts early-stopped KD, Cho and Hariharan's, naming no epoch. "
-             "--table lists the early teachers, which train within their rows."),
+        note="The paper says that it adopts early-stopped KD (Cho and Hariharan), and names no "
+             "epoch. --table lists the early teachers, which train within their rows."),
     "atang-3": Table("ATang, Table 3", "and on CINIC-10?", "cinic10", 5, of_pairs(ATANG, """
             wrn16_3 wrn16_1 84.15±0.04 79.49±0.08 80.87±0.04 80.83±0.06 80.98±0.02
             wrn28_3 wrn16_1 85.58±0.03 79.49±0.08 80.15±0.03 80.25±0.06 80.28±0.04
