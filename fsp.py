@@ -34,12 +34,12 @@ Departures from the papers and from known code:
     here, F2 of its last. A section of one block has no other first map than the one inside the
     block (ResNet, WRN) or what enters it (VGG). A larger F1 is max-pooled to F2's size, as in the
     paper. Teacher and student may differ in size: G does not depend on it.
- 4. Recipes: 64,000, 32,000 and 21,000 iterations are 164, 82 and 54 epochs at a batch size of 128,
-    which is ours, as is the flip beside the crop. Stage 1's 32,000 follow from Table 1's 95k - 63k,
-    with the milestones known for 21,000 stretched; on CIFAR-10 it had 21,000, so --fsp-epochs 54
-    belongs to recipe cifar100-third there.
+ 4. Recipes: at a batch size of 128, which is ours, 64,000, 32,000 and 21,000 iterations are 164, 82
+    and 54 epochs. The flip beside the crop is ours. Stage 1's 32,000 are Table 1's 95k - 63k, with
+    21,000's milestones stretched. On CIFAR-10 it had 21,000: add --fsp-epochs 54 to cifar100-third.
  5. Every student has a stage 1 of its own unless --shared-stage1, as in Table 1. The classifier is
-    copied untrained; BatchNorm statistics follow stage 1.
+    copied untrained; BatchNorm statistics follow stage 1. A teacher's classifier is not used: one
+    of another task will do, with a classifier of this task's classes (tests/reference, "FSP").
  6. On shapes 4 + 11 epochs show the student as many images as the other scripts' 15 do. Recipe
     cifar10-jeon has the other scripts' training, with a quarter as many epochs for stage 1.
 """

@@ -189,6 +189,20 @@ def test_the_runs_on_cifar10_are_the_recorded_ones(cli):
     assert f"teacher {short[1]} %, student {short[0]})" in " ".join(README.split())
 
 
+def test_fsp_from_a_teacher_of_another_task_is_as_recorded():
+    own, other = "epyc_train-images-1000", "other-task_train-images-1000"
+    alone = {}
+    for label, method, line in ((own, "baseline/wrn16_1", "alone"), (own, "fsp/wrn16_3-wrn16_1",
+                                "FSP from WRN16-3 on the same"), (other, "fsp/wrn16_3-wrn16_1",
+                                                                  "FSP from WRN16-3 on CIFAR-10")):
+        tests = {seed: reproduce.complete(RECORDS / label / "shapes/shapes" / method /
+                                          f"seed{seed}")[-1]["test"] for seed in range(3)}
+        alone = alone or tests
+        gained = reproduce.gain(tests, alone) if tests is not alone else ""
+        told = f"{reproduce.spread([*tests.values()])} | {gained} |".replace("  ", " ")
+        assert re.search(rf"\| {line}[^|]* \| {re.escape(told)}\n", SHOWN), told
+
+
 def test_the_teacher_that_comes_with_the_repo(cli, tmp_path):
     """The recorded run's, and its weights, rounded, those that were measured: 87.50 %."""
     kept = torch.load(TEACHER, weights_only=True)
