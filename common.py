@@ -736,12 +736,10 @@ def load_weights(network: nn.Module, path: str | Path, settings: dict | None = N
         weights = published_weights(str(path))
     else:
         weights = read_checkpoint(path)
-    rest = {}
-    for key in ("model", "state_dict", "model_state_dict", "net"):
-        if isinstance(weights.get(key), dict):
-            rest = dict(weights)
-            weights = rest.pop(key)
-            break
+    rest, usual = {}, ("model", "state_dict", "model_state_dict", "net")
+    if key := next((key for key in usual if isinstance(weights.get(key), dict)), None):
+        rest = dict(weights)
+        weights = rest.pop(key)
     names = own_names(list(weights))
     if start and not any(name.startswith("backbone.") for name in names):
         network = getattr(network, "backbone", network)
@@ -763,9 +761,11 @@ def load_weights(network: nn.Module, path: str | Path, settings: dict | None = N
         if name not in kept and not (start and name.startswith("classifier.")):
             raise UserError(f"{path} is of another network or number of classes: it has no {name}")
     network.load_state_dict(loaded, strict=False)
-    for key in ("class_names", "split") if settings and {"script", "log"} <= rest.keys() else ():
-        if (learnt := rest["log"][0]["settings"][key]) != settings[key]:
-            raise UserError(f"{path} has learnt another {key}: {str(learnt)[:100]}")
+    learnt = rest["log"][0]["settings"] if settings and {"script", "log"} <= rest.keys() else {}
+    compared = learnt and (not start or learnt["data"] == settings["data"])
+    for key in ("class_names", "split")[start:] if compared else ():
+        if learnt[key] != settings[key]:
+            raise UserError(f"{path} was trained with another {key}: {str(learnt[key])[:100]}")
     whole = b"".join(x.cpu().numpy().tobytes() for name, x in network.state_dict().items()
                      if name in kept)
     return rest | {"hash": hashlib.sha256(whole).hexdigest()[:8]}

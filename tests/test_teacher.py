@@ -56,6 +56,13 @@ def test_a_teacher_of_other_classes_or_of_another_split_is_none(cli, out):
     for place in ([], ["--teacher-ckpt", path]):
         line = cli("kd", *SMALL, "--out", out, "--split", "val", *place).refused()
         assert str(path) in line and "split" in line and "test" in line
+    # no more can a student start from it; from other data it can
+    flags = [*SMALL, "--out", out / "val", "--baseline", "--student", "wrn10_1", "--student-ckpt"]
+    assert "another split: test" in cli("kd", *flags, path, "--split", "val").refused()
+    kept = state(out / TEACHER)
+    kept["log"][0]["settings"] |= {"data": "others", "class_names": ["a", "b"]}
+    torch.save(kept, out / "others.pt")
+    assert cli("kd", *flags, out / "others.pt", "--split", "val", "--epochs", "1").code == 0
     kept = state(out / TEACHER)
     kept["log"][0]["settings"]["class_names"] = common.SHAPES[::-1]
     torch.save(kept, path)

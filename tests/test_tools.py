@@ -192,6 +192,22 @@ def test_a_table_from_the_first_run_to_the_last(cli, tmp_path, monkeypatch):
     assert cells(cli("reproduce", *command).out.split("measured on")[0])["KD"][2] == "0"
 
 
+def test_a_run_of_an_exchanged_teacher_is_not_finished(cli, tmp_path):
+    """Of a given one, and of one that the script stopped early itself."""
+    torch.save(common.create_model("wrn10_1", 10).state_dict(), tmp_path / "T.pt")
+    early = tmp_path / "shapes/shapes/baseline/wrn10_1-1/seed0/last.pt"
+    for flags, teacher in ((["--teacher-ckpt", str(tmp_path / "T.pt")], tmp_path / "T.pt"),
+                           (["--teacher-epochs", "1"], early)):
+        method = "skd" if teacher is early else "kd"
+        line = (f"{method}.py", *SMALL, "--epochs", "1", *flags, "--out", str(tmp_path))
+        run = tmp_path / f"shapes/shapes/{method}/wrn10_1-resnet8/seed0"
+        assert cli(method, *line[1:]).code == 0
+        assert reproduce.is_finished(reproduce.Job(line, (run,), None))
+        time.sleep(0.05)
+        teacher.touch()
+        assert not reproduce.is_finished(reproduce.Job(line, (run,), None)), "asks the script"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="runs outlive a killed driver elsewhere")
 def test_kill_9_and_the_same_command_again(capsys, tmp_path, monkeypatch):
     """The driver's runs end with it; the same command finishes the table."""
@@ -268,6 +284,11 @@ def test_measurements_of_finished_runs(cli, tmp_path):
     assert cli("kd", *flags[:-1], tmp_path / "val", "--split", "val").code == 0
     other = tmp_path / "val/shapes/shapes/kd/wrn10_1-resnet8/seed0"
     assert "other images" in cli("reproduce", "--measure", runs[0], other).refused()
+    # a teacher that lies elsewhere now can be named
+    (out / "baseline/wrn10_1").rename(tmp_path / "moved")
+    given = ["--teacher-ckpt", tmp_path / "moved/seed0/last.pt"]
+    assert cli("reproduce", "--measure", runs[0], *given).out.splitlines()[0] == lines[0]
+    (tmp_path / "moved").rename(out / "baseline/wrn10_1")
     weights = state(out / "baseline/wrn10_1/seed0")
     weights["model"]["classifier.bias"] += 1
     torch.save(weights, out / "baseline/wrn10_1/seed0/last.pt")
@@ -299,6 +320,7 @@ def test_bad_arguments_and_the_list_of_all_tables(cli, tmp_path):
         assert line in cli("reproduce", *flags.split()).mistyped()
     for flags, line in (("fsp-1 --dataset cinic10", "no recipe for cinic10"),
                         (f"--table {tmp_path}/x.jsonl", "no file of recorded runs"),
+                        ("kd-early --teacher-ckpt x.pt", "stops teachers of its own"),
                         (f"--record {tmp_path} y.jsonl", "no finished run")):
         assert line in cli("reproduce", *flags.split()).refused()
     listed = cli("reproduce", *"--dataset shapes --teacher wrn16_3 --student wrn16_1".split()).out

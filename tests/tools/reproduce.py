@@ -439,6 +439,8 @@ class Plan:
         self.extra += ["--data-dir", str(args.data_dir)] if args.data_dir else []
         self.dataset = args.dataset or self.table.dataset
         self.runs = args.runs or self.table.runs
+        if args.teacher_ckpt and any("--teacher-epochs" in row.command for row in self.table.rows):
+            raise UserError(f"{name} stops teachers of its own: leave out --teacher-ckpt")
         self.published = (self.table.published and self.dataset == self.table.dataset
                           and not args.teacher)
         self.ready = bool(self.published or args.teacher_ckpt)      # no teacher is to be trained
@@ -495,7 +497,7 @@ class Plan:
             method += f"-{args.loss}"
         if args.baseline:
             method, networks = "baseline", args.student
-        elif self.args.teacher_ckpt and "--teacher-epochs" not in words:
+        elif self.args.teacher_ckpt:
             named.append("from-" + str(self.args.teacher_ckpt).strip("/").replace("/", "-"))
         named += [self.folder] if self.folder else []
         return self.args.out.joinpath("_".join(named), self.dataset, args.recipe, method, networks,
@@ -559,6 +561,11 @@ def is_finished(job: Job) -> bool:
     args = parsed(job.line[0], job.line[1:])
     for run in job.runs:
         weights, teacher = run / "last.pt", (job.teacher or run) / "last.pt"
+        if args.teacher_epochs:     # its script's own
+            early = f"baseline/{args.teacher}-{args.teacher_epochs}"
+            teacher = run.parents[2] / early / "seed0/last.pt"
+        if args.teacher_ckpt and args.teacher_ckpt.exists():
+            teacher = args.teacher_ckpt
         if not (complete(run) and weights.exists() and teacher.exists()) or changed(run, args):
             return False
         if weights.stat().st_mtime < teacher.stat().st_mtime:       # it learnt from another one
@@ -869,7 +876,7 @@ class Outputs(NamedTuple):
 def outputs(run: Path, data_dir: Path | None, teacher: tuple[str, Path] | None = None) -> Outputs:
     """`teacher`, name and checkpoint, for a baseline; any other run may find its own."""
     if not log_of(run):
-        raise UserError(f"{run} is no run of the scripts: it has no log.jsonl")
+        raise UserError(f"{run} has no log.jsonl: name the folder of a run, .../seed0")
     settings, loader = log_of(run)[0]["settings"], images_of(run, data_dir)
     if loader.pixels:
         raise UserError(f"{run}: what is measured here are the classes of pictures, not of pixels")
@@ -916,10 +923,11 @@ G_f centred    G_f of logits whose mean was subtracted, image by image
 theorem 2      what G_f centred should be by SKD's Theorem 2, in logits"""
 
 
-def measure(runs: list[Path], data_dir: Path | None) -> None:
+def measure(runs: list[Path], data_dir: Path | None, teacher: Path | None) -> None:
     measured, lines = [], []
     for run in (run.resolve() for run in runs):
-        one = outputs(run, data_dir)
+        name, *student = run.parent.name.split("-")
+        one = outputs(run, data_dir, (name, teacher) if teacher and student else None)
         if measured and one.loader is not measured[0].loader:
             raise UserError(f"{run} was measured on other images than the run before it: measure "
                             f"them one by one")
@@ -1083,7 +1091,7 @@ def main() -> None:
         elif args.record:
             record(*args.record)
         elif args.measure:
-            measure(args.measure, args.data_dir)
+            measure(args.measure, args.data_dir, args.teacher_ckpt)
         elif not args.name:
             list_tables(args)
         else:
