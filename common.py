@@ -722,24 +722,24 @@ def own_names(keys: list[str]) -> list[str]:
 
 def load_weights(network: nn.Module, path: str | Path, settings: dict | None = None,
                  start: bool = False) -> dict:
-    """Load all weights of a network from a file, or raise UserError; return their "hash" and what
-    else the file holds.
+    """Load all weights of a network, or raise UserError; return their "hash" and the file's rest.
 
-    A file is a checkpoint of any of the scripts, a state_dict, or holds one under one of the usual
-    keys, also as saved from within DistributedDataParallel or torch.compile; or, of torchvision's
-    networks, the name of published weights. settings: a loader's, whose classes and split a
-    script's checkpoint must have learnt. start: to train on from there; a classifier's file fits
-    DeepLab too, and what stands behind the groups may be of other classes: it stays as it is.
+    A file is a checkpoint of any of the scripts, a state_dict, or has one under one of the usual
+    keys, also of DistributedDataParallel or torch.compile; or, of torchvision's networks, the name
+    of published weights. settings: a loader's, whose classes and split a script's checkpoint must
+    have learnt; of a start only the split, if of the same data. start: to train on from there; a
+    classifier's file fits DeepLab too; what is of other classes, behind the groups, is left out.
     """
     path = Path(path).expanduser()
     if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not path.exists():
         weights = published_weights(str(path))
     else:
         weights = read_checkpoint(path)
-    rest, usual = {}, ("model", "state_dict", "model_state_dict", "net")
-    if key := next((key for key in usual if isinstance(weights.get(key), dict)), None):
-        rest = dict(weights)
-        weights = rest.pop(key)
+    rest = {}
+    for key in ("model", "state_dict", "model_state_dict", "net"):
+        if isinstance(weights.get(key), dict):
+            rest, weights = weights, weights.pop(key)
+            break
     names = own_names(list(weights))
     if start and not any(name.startswith("backbone.") for name in names):
         network = getattr(network, "backbone", network)
@@ -762,8 +762,8 @@ def load_weights(network: nn.Module, path: str | Path, settings: dict | None = N
             raise UserError(f"{path} is of another network or number of classes: it has no {name}")
     network.load_state_dict(loaded, strict=False)
     learnt = rest["log"][0]["settings"] if settings and {"script", "log"} <= rest.keys() else {}
-    compared = learnt and (not start or learnt["data"] == settings["data"])
-    for key in ("class_names", "split")[start:] if compared else ():
+    keys = ("split",) if start else ("class_names", "split")
+    for key in keys if learnt and (not start or learnt["data"] == settings["data"]) else ():
         if learnt[key] != settings[key]:
             raise UserError(f"{path} was trained with another {key}: {str(learnt[key])[:100]}")
     whole = b"".join(x.cpu().numpy().tobytes() for name, x in network.state_dict().items()

@@ -39,7 +39,7 @@ Departures from the papers and from known code:
     21,000's milestones stretched. On CIFAR-10 it had 21,000: add --fsp-epochs 54 to cifar100-third.
  5. Every student has a stage 1 of its own unless --shared-stage1, as in Table 1. The classifier is
     copied untrained; BatchNorm statistics follow stage 1. A teacher's classifier is not used: one
-    of another task will do, with a classifier of this task's classes (tests/reference, "FSP").
+    trained for another task will do, with a classifier of this task's size (tests/reference).
  6. On shapes 4 + 11 epochs show the student as many images as the other scripts' 15 do. Recipe
     cifar10-jeon has the other scripts' training, with a quarter as many epochs for stage 1.
 """

@@ -50,6 +50,13 @@ def test_a_finished_teacher_is_only_loaded_whatever_trained_it(cli, out):
     assert done.out.count("epoch 1 ") == 1 and path.read_bytes() == before
 
 
+@pytest.mark.parametrize("accuracy, told", [(11.9, True), (12.1, False)])
+def test_a_teacher_that_knows_nothing_is_told(accuracy, told, cli, out, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("kd"), "evaluate", lambda *args: accuracy)
+    done = cli("kd", *SMALL, "--out", out, "--teacher-ckpt", out / TEACHER / "last.pt")
+    assert ("epochs on 192 images; NO BETTER THAN CHANCE" in done.out) is told, done.all
+
+
 def test_a_teacher_of_other_classes_or_of_another_split_is_none(cli, out):
     """One that has seen the validation images cannot teach where they are measured."""
     path = out / TEACHER / "last.pt"

@@ -556,20 +556,26 @@ class Plan:
         return logs
 
 
+def teacher_file(run: Path, args: argparse.Namespace) -> Path:
+    """Where a run's command has its teacher, or where its script keeps the one that it trains."""
+    early = f"-{args.teacher_epochs}" if args.teacher_epochs else ""
+    own = f"baseline/{args.teacher}{early}/seed0/last.pt"
+    return args.teacher_ckpt or run.parents[2] / own
+
+
 def is_finished(job: Job) -> bool:
     """Whether today's command made all its runs; if not, the script itself decides."""
     args = parsed(job.line[0], job.line[1:])
     for run in job.runs:
-        weights, teacher = run / "last.pt", (job.teacher or run) / "last.pt"
-        if args.teacher_epochs:     # its script's own
-            early = f"baseline/{args.teacher}-{args.teacher_epochs}"
-            teacher = run.parents[2] / early / "seed0/last.pt"
-        if args.teacher_ckpt and args.teacher_ckpt.exists():
-            teacher = args.teacher_ckpt
-        if not (complete(run) and weights.exists() and teacher.exists()) or changed(run, args):
+        weights = run / "last.pt"
+        teacher = weights if args.baseline else teacher_file(run, args)
+        given = args.teacher_ckpt and not job.teacher       # it need not be a file
+        if not (complete(run) and weights.exists()) or changed(run, args):
             return False
-        if weights.stat().st_mtime < teacher.stat().st_mtime:       # it learnt from another one
+        if not teacher.exists() and not given:
             return False
+        if teacher.exists() and weights.stat().st_mtime < teacher.stat().st_mtime:
+            return False        # it learnt from another one
     return True
 
 
@@ -803,8 +809,7 @@ def teacher_of(run: Path, loader: Loader, given: Path | None) -> tuple[str, Path
     It lies at `given`, or where the run's command had it, or in the baseline's folder beside.
     """
     args, name = command_of(run), run.parent.name.split("-")[0]
-    early = f"-{args.teacher_epochs}" if args.teacher_epochs else ""
-    path = given or args.teacher_ckpt or run.parents[2] / f"baseline/{name}{early}/seed0/last.pt"
+    path = given or teacher_file(run, args)
     # a path in a command was relative to where that ran, which is often above the run
     places = [above / path for above in (Path(), *run.parents)]
     path = next((place for place in places if place.is_file()), path)
@@ -933,10 +938,10 @@ def measure(runs: list[Path], data_dir: Path | None, teacher: Path | None) -> No
                             f"them one by one")
         measured.append(one)
         found = one.values.pop("")
-        kl = f", KL(teacher || student) {found['KL']:.4f}" if "KL" in found else ""
-        kl += f", top-5 {found['top-5']:.2f} %" if "top-5" in found else ""
+        more = f", KL(teacher || student) {found['KL']:.4f}" if "KL" in found else ""
+        more += f", top-5 {found['top-5']:.2f} %" if "top-5" in found else ""
         print(f"{run}: {log_of(run)[0]['settings']['split']} accuracy {one.accuracy:.2f} %, "
-              f"cross-entropy {found['CE']:.4f}{kl}")
+              f"cross-entropy {found['CE']:.4f}{more}")
         for temperature, values in one.values.items():
             lines.append(["/".join(run.parts[-3:]), temperature,
                           *(f"{round(value, 4) + 0:.4f}" for value in values.values())])
@@ -1056,7 +1061,7 @@ def add_plan_flags(add: Callable) -> None:
     add("--teacher", help="network, of all rows")
     add("--student", help="network, of all rows")
     add("--epochs", type=positive, help="of all rows")
-    add("--teacher-ckpt", type=Path, help="this teacher for all rows, not one of the table's")
+    add("--teacher-ckpt", type=Path, help="this teacher for all rows, or of the runs to measure")
     add("--runs", type=positive, help="seeds of each row; else as the paper has it")
     add("--data-dir", type=Path, help="where the data set is")
 
