@@ -32,8 +32,8 @@ Departures from the papers and from the first author's code:
     The margin is on student and teacher; at m = 1 cos undoes arccos. s = 64 is the code's alone.
  3. Section 4.2: gamma 5000 for student WRN16-3, 1000 for WRN28-3, a student nowhere. Section 4.4.1:
     WRN16-1 is best at 5000, the default; WRN16-3 from WRN28-3 at --gamma 1000 (89.3; 5000: 88.83).
- 4. Batch size, CIFAR-10's weight decay, no crop and flip: departure 2 in kd.py. Section 3.1
-    adopts early-stopped KD, naming no epoch: ours runs to the end, or see --teacher-epochs.
+ 4. Batch size, CIFAR-10's weight decay, no crop and flip: departure 2 in kd.py. Section 3.1 adopts
+    early-stopped KD, naming no epoch: here only by --teacher-epochs and --distill-epochs.
  5. AMD's L_A is the code's; we have not seen the journal's text, gamma and margin. amd-local, 0.8
     of that and 0.2 of the quadrants' mean, follows its description: the code of it fails.
 """

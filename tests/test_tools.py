@@ -79,6 +79,9 @@ def test_what_is_replaced_and_where_runs_lie():
     early = [job for job in jobs_of("kd-early", runs=2) if "--teacher-epochs" in job.line]
     assert [len(job.runs) for job in early] == [2, 2, 2] and "--teacher-ckpt" not in str(early)
     assert "--teacher-epochs 80" in " ".join(early[1].line) and early[1].teacher is None
+    late = [job.runs[0].parts[1] for job in jobs_of("kd-early") if "--distill-epochs" in job.line]
+    assert {name: late.count(name) for name in late} == {
+        f"distill-epochs-{epoch}": 5 for epoch in (80, 120, 160)}
     # settings e and f learn with half the batch, their teacher too; of one pair a to f are one
     halves = [" ".join(job.line) for job in jobs_of("overhaul-3") if "pyramidnet" in str(job)]
     assert halves and all("--batch-size 64" in line for line in halves)
