@@ -21,7 +21,7 @@ drives object (positive) and background (negative) apart; the student learns the
     z, v     the paper's logits a_S, a_T        tau, lambda            4, 0.9
 
 Run:
-    python atang.py --dataset shapes                         5 minutes, 2 cores: 87.5 % (5 seeds)
+    python atang.py --dataset shapes                         5 min with teacher: 87.5 % (5 seeds)
     python atang.py --teacher wrn16_3 --student wrn16_1      CIFAR-10, 200 epochs, a GPU
     python tests/tools/reproduce.py atang-2                  Table 2; -3 to -5, -gamma, -margin
 
@@ -34,8 +34,8 @@ Departures from the papers and from the first author's code:
     WRN16-1 is best at 5000, the default; WRN16-3 from WRN28-3 at --gamma 1000 (89.3; 5000: 88.83).
  4. Batch size, CIFAR-10's weight decay, no crop and flip: departure 2 in kd.py. Section 3.1 adopts
     early-stopped KD, naming no epoch: here only by --teacher-epochs and --distill-epochs.
- 5. AMD's L_A is the code's; we have not seen the journal's text, gamma and margin. amd-local, 0.8
-    of that and 0.2 of the quadrants' mean, follows its description: the code of it fails.
+ 5. AMD's L_A is the code's; the journal's text we have not seen: gamma and margin are ATang's.
+    amd-local, 0.8 of that and 0.2 of its quadrants' mean, is what the code intends, but crashes in.
 """
 import argparse
 import hashlib
@@ -363,13 +363,13 @@ def write_run(folder, model, optimizer, log, loader, args):
     network = getattr(model, "student", model)      # without the connectors of FSP, the overhaul
     if args.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
         file = io.BytesIO()     # a disk that is full ends torch.save(path) in a traceback
         torch.save({"model": network.state_dict(), "whole": model.state_dict(), "log": log,
                     "optimizer": optimizer.state_dict(), "script": SOURCE, "network": network.name,
                     "class_names": loader.class_names, "mean": loader.mean, "std": loader.std,
                     "image_size": loader.size}, file)
         (folder / "last.tmp").write_bytes(file.getvalue())
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
         (folder / "last.tmp").replace(folder / "last.pt")
 
 

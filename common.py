@@ -1020,8 +1020,8 @@ class FileLoader(Loader):
         if self.shuffle:
             self.batches.sampler.set_epoch(self.files.seed)
         for images, labels in decoded(self.batches):
-            images = images.to(self.labels.device, non_blocking=True)
-            yield self.normalise(images), labels.to(self.labels.device)
+            labels = labels.to(self.labels.device, non_blocking=self.batches.pin_memory)
+            yield self.normalise(images.to(labels.device, non_blocking=labels.is_cuda)), labels
 
 
 SHAPES = "disk ring crescent square triangle cross star clover heart corner".split()
@@ -1321,9 +1321,9 @@ def load_data(dataset: str, data_dir: str | Path, batch_size: int, device: torch
     split         "test", or "val" for tuning: the data set's own validation split, or else a fixed
                   tenth of the training images, which are then not trained on. Where there is no
                   test split both measure "val"; settings["split"] says which it is
-    workers       processes that decode images in files, or read them into memory
-    ImageNet, VOC, and folders from 64 pixels on, stay in files. Normalised is by mean and std of
-    the training images, of a sample where they stay in files, and by ImageNet's for it and VOC.
+    workers       processes that read images in files; a caller needs `if __name__ == "__main__"`
+    ImageNet, VOC, and folders from 64 pixels on stay in files. Images are normalised by mean and
+    std of the training images, or of a sample of those in files; ImageNet and VOC by ImageNet's.
     """
     device, (rank, world) = torch.device(device), processes()
     if dataset not in DATASETS:

@@ -36,7 +36,7 @@ Departures from the papers and from known code:
     paper. Teacher and student may differ in size: G does not depend on it.
  4. Recipes: at a batch size of 128, which is ours, 64,000, 32,000 and 21,000 iterations are 164, 82
     and 54 epochs. The flip beside the crop is ours. Stage 1's 32,000 are Table 1's 95k - 63k, with
-    21,000's milestones stretched. On CIFAR-10 it had 21,000: add --fsp-epochs 54 to cifar100-third.
+    the milestones stretched. On CIFAR-10 stage 1 had 21,000: cifar100-third and --fsp-epochs 54.
  5. Every student has a stage 1 of its own unless --shared-stage1, as in Table 1. The classifier is
     copied untrained; BatchNorm statistics follow stage 1. A teacher's classifier is not used: one
     trained for another task will do, with a classifier of this task's size (tests/reference).
@@ -362,13 +362,13 @@ def write_run(folder, model, optimizer, log, loader, args):
     network = getattr(model, "student", model)      # without the connectors of FSP, the overhaul
     if args.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
         file = io.BytesIO()     # a disk that is full ends torch.save(path) in a traceback
         torch.save({"model": network.state_dict(), "whole": model.state_dict(), "log": log,
                     "optimizer": optimizer.state_dict(), "script": SOURCE, "network": network.name,
                     "class_names": loader.class_names, "mean": loader.mean, "std": loader.std,
                     "image_size": loader.size}, file)
         (folder / "last.tmp").write_bytes(file.getvalue())
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
         (folder / "last.tmp").replace(folder / "last.pt")
 
 

@@ -11,13 +11,13 @@ teacher is negative it need only stay below max(F_t, m), m the channel's expecte
     d_p(T, S) = sum_i 0 if S_i <= T_i <= 0, else (T_i - S_i)^2                                 Eq. 4
     L_distill = d_p(sigma_m(F_t), r(F_s))                  r: 1x1 convolution, BatchNorm       Eq. 5
     loss = CE(softmax(z), y) + alpha L_distill                                                 Eq. 6
-    summed over layers: the deepest weighs 1, each before it half (Appendix B; DeepLab: its own)
+    summed over layers: weights 1 for the deepest, 1/2, 1/4 ... before it (Appendix B; not DeepLab)
     symbol   here              shape            symbol   here               value on CIFAR-100
     F_t      teacher_maps      (N, C, H, W)     alpha    alpha              0.001
     r(F_s)   student_maps      (N, C, H, W)     m_C      channel_margin()   (C,)
 
 Run:
-    python overhaul.py --dataset shapes                       5 minutes, 2 cores: 90.2 % (5 seeds)
+    python overhaul.py --dataset shapes                       5 min with teacher: 90.2 % (5 seeds)
     python overhaul.py --teacher wrn16_3 --student wrn16_1    CIFAR-10, 200 epochs, a GPU
     python overhaul.py --dataset scenes --teacher deeplab_resnet8 --student deeplab_resnet8_half
 
@@ -26,15 +26,15 @@ Departures from the paper and from the authors' code:
     paper leaves the batch out. Eq. 4's T is the transformed teacher, sigma_m(F_t), as in Eq. 5.
  2. channel_margin holds for any gamma and beta; the code puts -3 sigma where less than 0.1 % of a
     channel is negative: there -0.28 sigma is true. Eq. 9 means sqrt(2 pi) sigma. A ResNet's map is
-    BatchNorm plus shortcut; its margin is the BatchNorm's, as in the code, no average (Appendix A).
+    BatchNorm plus shortcut: its margin is the BatchNorm's, as in the code (Appendix A averages).
  3. Section 3.3 wants the teacher's BatchNorm in training mode; the code's then updates its running
     statistics, our copy has none. In Tables 8 and 9, too, all connectors have a BatchNorm here.
  4. Recipes cifar100-heo (settings e, f: --batch-size 64) and imagenet-heo (epoch 30 has the lower
     rate) are the paper's; nesterov, weight decay and padding the code's, whose momentum starts anew
     at each drop and whose CIFAR-100 has CIFAR-10's mean. No mixup, with which PyramidNet learnt.
  5. voc-heo (Table 6) is the code's, but poly, (1 - t)^0.9, falls by epochs in steps of a fifth. Not
-    here: ten times the rate for ASPP, decoder and connectors, the connectors' epoch before, blur,
-    dropout while distilling. Table 5, detection, is missing: SSD's layers on ResNets are not told.
+    here: ten times the rate for ASPP, decoder and connectors, the connectors' epoch before, blur.
+    No dropout while distilling, by Appendix B. No Table 5: SSD's layers on ResNets are not given.
 """
 import argparse
 import copy
@@ -369,13 +369,13 @@ def write_run(folder, model, optimizer, log, loader, args):
     network = getattr(model, "student", model)      # without the connectors of FSP, the overhaul
     if args.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
         file = io.BytesIO()     # a disk that is full ends torch.save(path) in a traceback
         torch.save({"model": network.state_dict(), "whole": model.state_dict(), "log": log,
                     "optimizer": optimizer.state_dict(), "script": SOURCE, "network": network.name,
                     "class_names": loader.class_names, "mean": loader.mean, "std": loader.std,
                     "image_size": loader.size}, file)
         (folder / "last.tmp").write_bytes(file.getvalue())
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
         (folder / "last.tmp").replace(folder / "last.pt")
 
 

@@ -8,8 +8,8 @@ A larger teacher is surer of itself: its logits are longer, its entropy lower, a
 wastes its capacity on that length learns worse from a better teacher. SKD puts the logits of both
 networks on one sphere: what is left to match is their direction, which class resembles which.
 
-    G_entropy = S(p) - S(q),  G_f = F(v) - F(z)      gaps of entropy and energy     Eq. 6 and 10
-    both grow with ||v||^2 - ||z||^2 (Theorems 1, 2): measured by tests/tools/reproduce.py --measure
+    G_entropy = S(p) - S(q),  G_f = F(v) - F(z)   of raw logits: entropy, free energy   Eq. 6, 10
+    both grow with ||v||^2 - ||z||^2 (Theorems 1, 2; 1's constant needs halving): see --measure
     z^ = z / ||z||,   v^ = v / ||v||                          the alignment layer        Eq. 15
     p = softmax(z^ / tau),   q = softmax(v^ / tau)
     L_SKD = -sum_i q_i log p_i,   L = lambda L_SKD + (1 - lambda) L_cls                  Eq. 16
@@ -20,7 +20,7 @@ networks on one sphere: what is left to match is their direction, which class re
     z^, v^   spherical()       (N, K)         -        scale            2 (departure 1)
 
 Run:
-    python skd.py --dataset shapes                           5 minutes, 2 cores: 76.4 % (5 seeds)
+    python skd.py --dataset shapes                           5 min with teacher: 76.4 % (5 seeds)
     python skd.py --teacher wrn16_3 --student wrn16_1        CIFAR-10, 200 epochs, a GPU
     python tests/tools/reproduce.py skd-7                    Table 7; -1 to -6 as well
 
@@ -28,9 +28,9 @@ Departures from the paper and from the authors' code:
  1. Eq. 15 has no scale. Unit length, --scale literal, makes both softmaxes at tau = 4 almost
     uniform, and next to nothing is transferred. The code has two forms. That of its README, the
     default here: both logits centred, divided by their standard deviation and times a multiplier
-    (2 for its ImageNet teacher; 2 flattens the targets of a teacher whose logits deviate by 5). And
-    that of its training script, --scale teacher: the teacher's logits as they are, each student
-    vector brought to the teacher's deviation for the same image. Both with the factor tau^2, which
+    (2 for its ImageNet teacher; where a teacher's logits have a std of 5, 2 flattens its targets).
+    That of its training script, --scale teacher: the teacher's logits as they are, each student
+    vector brought to the teacher's std for the same image. Both with the factor tau^2, which
     literal has not; all with KL for L_SKD, which differs from it by the teacher's entropy alone.
  2. L_cls is cross-entropy on the student's aligned logits, as the code has it and its author says
     is needed; with --scale literal, of which the paper says nothing, on the raw ones.
@@ -41,7 +41,7 @@ Departures from the paper and from the authors' code:
  4. Recipes cifar10-jeon and shapes are kd.py's. On shapes SKD loses to KD, by aligning the student
     (aligning the teacher alone costs nothing). With --scale teacher we know why: the gradient of
     z / ||z|| goes with 1 / ||z||, and a fresh student's short logits are driven to five times the
-    teacher's length in an epoch. With 2 that is not so: see tests/reference/README.md.
+    teacher's length in an epoch. With --scale 2 they are not: see tests/reference/README.md.
 """
 import argparse
 import hashlib
@@ -334,13 +334,13 @@ def write_run(folder, model, optimizer, log, loader, args):
     network = getattr(model, "student", model)      # without the connectors of FSP, the overhaul
     if args.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
         file = io.BytesIO()     # a disk that is full ends torch.save(path) in a traceback
         torch.save({"model": network.state_dict(), "whole": model.state_dict(), "log": log,
                     "optimizer": optimizer.state_dict(), "script": SOURCE, "network": network.name,
                     "class_names": loader.class_names, "mean": loader.mean, "std": loader.std,
                     "image_size": loader.size}, file)
         (folder / "last.tmp").write_bytes(file.getvalue())
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
         (folder / "last.tmp").replace(folder / "last.pt")
 
 

@@ -137,7 +137,7 @@ def test_a_full_disk_loses_nothing(cli, out, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(kd, "evaluate", fills_up)
         assert "No space left on device" in cli("kd", *flags).refused()
-    assert len(log_of(folder)) == 2
+    assert len(log_of(folder)) == 2 == len((folder / "log.jsonl").read_text().splitlines())
     aside.unlink()
     assert cli("kd", *flags).code == 0
     flags = [*SMALL, "--out", out / "whole", "--teacher-ckpt", out / TEACHER / "last.pt"]

@@ -20,6 +20,7 @@ import reproduce
 import torch
 from conftest import ROOT, SMALL, state
 from PIL import Image
+from test_data import save
 
 RECORDS = ROOT / "tests/reference/runs.jsonl"
 SHAPES, FSP = RECORDS / "shapes/shapes", RECORDS / "epochs-11_fsp-epochs-4/shapes/shapes/fsp"
@@ -193,6 +194,33 @@ def test_a_table_from_the_first_run_to_the_last(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "changed", lambda run, args: [])
     (place / "baseline/wrn10_1/seed0/last.pt").touch()
     assert cells(cli("reproduce", *command).out.split("measured on")[0])["KD"][2] == "0"
+
+
+def test_a_folder_without_a_test_split(cli, tmp_path, monkeypatch):
+    """Measured is val; its name may be a known data set's, its run of a device not here."""
+    data = tmp_path / "shapes"
+    for split, ants in (("train", 498), ("val", 20)):
+        for number in range(ants + 3):
+            kind = "ant" if number < ants else "bee"
+            save(data / split / kind / f"{number:03}.png", (number % 99, 99, 200), size=(16, 16))
+    rows = reproduce.of_pairs({"baseline": "baseline", "KD": "kd.py"}, "wrn10_1 resnet8 - -")
+    monkeypatch.setitem(reproduce.TABLES, "test", reproduce.Table(
+        "ours", "?", "cifar10", 1, rows, "cifar10-jeon"))
+    monkeypatch.setattr(reproduce.subprocess, "Popen", in_process)
+    pictures = ["--dataset", "folder", "--data-dir", data, "--image-size", "16"]
+    command = ["test", *SMALL, *pictures, "--epochs", "1", "--out", tmp_path / "runs"]
+    done = cli("reproduce", *command)
+    assert done.code == 0 and "shapes; val accuracy in per cent" in done.out, done.all
+    again = cli("reproduce", *command)
+    assert "3 of 3 runs are finished, 0 to go" in again.out and cells(again.out)["KD"][2] == "1"
+    run, = (tmp_path / "runs").rglob("kd/*/seed0")
+    header, row = reproduce.log_of(run)
+    header["command"] += ["--device", "cuda:99"]
+    (run / "log.jsonl").write_text(f"{json.dumps(header)}\n{json.dumps(row)}\n")
+    measured = cli("reproduce", "--measure", run)
+    assert measured.code == 0 and f"{row['test']:.2f}" in measured.out, measured.all
+    # a pass of 500 leaves the 501st image, a bee, to the next: it is drawn all the same
+    assert cli("look", "data", *pictures, "--out", tmp_path / "data.png").code == 0
 
 
 def test_a_run_of_an_exchanged_teacher_is_not_finished(cli, tmp_path):

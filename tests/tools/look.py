@@ -350,7 +350,7 @@ def draw_data(args: argparse.Namespace) -> None:
                               f"{plain.size}{outline}; right: cropped and flipped at random")
     rows = [order[plain.labels[order] == kind][:args.count].tolist() for kind in range(len(names))]
     for loader, left in ((plain, 0), (augmented, args.count + 1)):
-        loader.shuffle, loader.left_out = False, 0      # for images by their numbers
+        loader.shuffle, loader.count = False, len(loader.labels)    # for images by their numbers
         pictures = iter(as_pictures(images_by_number(loader, sum(rows, []))[0], loader))
         for row, numbers in enumerate(rows):
             for column, (number, picture) in enumerate(zip(numbers, pictures), left):

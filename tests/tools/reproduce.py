@@ -53,7 +53,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common import DATASETS, Loader, UserError, create_model, load_data, load_weights  # noqa: E402
+from common import (DATASETS, Loader, UserError, create_model, load_data,  # noqa: E402
+                    load_weights, read_cifar, usual_workers)
 from skd import spherical  # noqa: E402
 
 # === The tables =================================================================================
@@ -398,24 +399,25 @@ def parsed(script: str, words: tuple[str, ...]) -> argparse.Namespace:
 
 
 def command_of(run: Path) -> argparse.Namespace:
-    """What a run's command means today."""
+    """What a run's command means today, whatever device this machine has."""
     script, *words = log_of(run)[0]["command"]
-    return parsed(script, tuple(words))
+    return parsed(script, (*words, "--device", "cpu"))
 
 
 def changed(run: Path, args: argparse.Namespace) -> list[str]:
     """What a run had otherwise than today's command, which parsed is args: settings, script.
 
     Not compared: bf16, whose default depends on the device, the weights of --student-ckpt, which
-    the command names, and the script of a recorded run.
+    the command names, the split, which a folder's name has where it is typed ("val" is measured,
+    too, where there is no test split), and the script of a recorded run.
     """
     header = log_of(run)[0]
     keys = [key for key, value in header["settings"].items()
-            if key not in ("bf16", "start") and value != getattr(args, key, value)]
+            if key not in ("bf16", "start", "split") and value != getattr(args, key, value)]
     script = ROOT / Path(header["command"][0]).name
     if "script" in header["settings"] and (run / "last.pt").exists():
-        text = script.read_bytes() if script.exists() else b""
-        if not hashlib.sha256(text).hexdigest().startswith(header["settings"]["script"]):
+        text = script.read_text("utf-8") if script.exists() else ""
+        if not hashlib.sha256(text.encode()).hexdigest().startswith(header["settings"]["script"]):
             keys.append("script")
     return keys
 
@@ -501,7 +503,7 @@ class Plan:
         if args.baseline:
             method, networks = "baseline", args.student
         elif self.args.teacher_ckpt:
-            named.append("from-" + str(self.args.teacher_ckpt).strip("/").replace("/", "-"))
+            named.append("from-" + re.sub(r"[\\/:]+", "-", str(self.args.teacher_ckpt)).strip("-"))
         named += [self.folder] if self.folder else []
         return self.args.out.joinpath("_".join(named), self.dataset, args.recipe, method, networks,
                                       f"seed{seed}")
@@ -584,8 +586,7 @@ def is_finished(job: Job) -> bool:
 
 def die_with_parent() -> None:
     """A kill -9 of the driver ends its runs too, where the system can (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
 
 
 def run_all(jobs: list[Job], slots: int) -> dict[Job, str]:
@@ -594,8 +595,10 @@ def run_all(jobs: list[Job], slots: int) -> dict[Job, str]:
     running, failed, count, begun = {}, {}, len(waiting), time.time()
     print(f"{len(jobs) - count} of {len(jobs)} runs are finished, {count} to go", flush=True)
     unfinished = {job.runs[0] for job in waiting}
-    # one thread each: more of them than cores would only wait for each other
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    # one thread each, and a share of the cores to read pictures: more would wait for each other
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(slots),
+                                "PYTHONUNBUFFERED": "1"}
+    bound = die_with_parent if sys.platform == "linux" else None
     try:
         while waiting or running:
             for job in list(waiting):
@@ -607,7 +610,7 @@ def run_all(jobs: list[Job], slots: int) -> dict[Job, str]:
                     output = tempfile.TemporaryFile("w+")
                     process = subprocess.Popen(
                         [sys.executable, str(ROOT / job.line[0]), *job.line[1:]], env=environment,
-                        stdout=output, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
+                        stdout=output, stderr=subprocess.STDOUT, preexec_fn=bound)
                     running[job] = process, output, time.time()
             time.sleep(0.1)
             for job, (process, output, own) in list(running.items()):
@@ -672,8 +675,8 @@ def minutes(run: Path) -> float:
 
 def show(plan: Plan) -> None:
     """The table in Markdown: the paper's accuracies, ours, the gain and its standard error."""
-    tests = {row[:4]: {seed: log[-1]["test"] for seed, log in plan.logs(row).items()}
-             for row in plan.rows}
+    logs = {row[:4]: plan.logs(row) for row in plan.rows}
+    tests = {key: {seed: log[-1]["test"] for seed, log in own.items()} for key, own in logs.items()}
     several = len({(row.teacher, row.student) for row in plan.rows}) > 1
     compared = any(row.paper for row in plan.rows) and plan.of_paper
     cells = [["", *["networks"] * several, *["paper", "paper's gain"] * compared, "here", "gain",
@@ -692,7 +695,8 @@ def show(plan: Plan) -> None:
         cells.append([row.label, *[networks] * several, *papers * compared,
                       spread([*own.values()]), gain(own, tests[baseline[:4]]) if baseline else "",
                       str(len(own)), f"{mean(took):.1f}" if own else ""])
-    split = "val" if "val" in plan.extra or plan.dataset == "voc" else "test"
+    splits = [log[0]["settings"]["split"] for own in logs.values() for log in own.values()]
+    split = splits[0] if splits else "val" if "val" in plan.extra else "test"
     score = parsed(*plan.command(plan.rows[0])).score
     print(f"\n{plan.title}; {split} {score} in per cent; {' '.join(sys.argv[1:])}")
     print_markdown(cells)
@@ -782,10 +786,9 @@ load_once = functools.lru_cache(load_data)
 
 def images_of(run: Path, data_dir: Path | None) -> Loader:
     """What a run was measured on; the data set where the run's command had it."""
-    own = log_of(run)[0]["settings"]
-    dataset = own["data"] if own["data"] in DATASETS else "folder"
+    own, args = log_of(run)[0]["settings"], command_of(run)
     train, measured = load_once(
-        dataset, data_dir or command_of(run).data_dir, 100, "cpu", augment=False, seed=0,
+        args.dataset, data_dir or args.data_dir, 100, "cpu", augment=False, seed=0,
         split=own["split"], image_size=own["image_size"])
     now = train.settings
     if (own["images"][1], own["class_names"]) != (now["images"][1], now["class_names"]):
@@ -1079,7 +1082,7 @@ def main() -> None:
     add("--record", type=Path, nargs=2, metavar=("DIR", "FILE"), help="keep the logs of runs")
     add("--measure", type=Path, nargs="+", metavar="RUN", help="runs' folders")
     add_plan_flags(add)
-    add("--jobs", type=positive, default=1 if torch.cuda.is_available() else os.cpu_count(),
+    add("--jobs", type=positive, default=1 if torch.cuda.is_available() else usual_workers(),
         help="runs side by side, one thread each on a CPU; on a GPU more pay only under MPS")
     add("--show", action="store_true", help="print what is finished, train nothing")
     add("--out", type=Path, default="runs/tables", help="the folder of the tables' runs")
@@ -1104,6 +1107,8 @@ def main() -> None:
             list_tables(args)
         else:
             plan = Plan(args.name, args, extra)
+            if plan.dataset.startswith("cifar") and not args.show:      # before two runs fetch it
+                read_cifar(plan.dataset, args.data_dir or Path("data"), train=True)
             failed = {} if args.show else run_all(plan.jobs(), args.jobs)
             for job, line in failed.items():
                 plan.refused |= set(job.runs)
