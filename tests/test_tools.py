@@ -343,7 +343,7 @@ def test_entropy_free_energy_and_the_constants_of_the_theorems(classes, tau):
     assert np.allclose(first, s_gap, rtol=0.1) and np.allclose(second, f_gap, rtol=0.1)
 
 
-def test_bad_arguments_and_the_list_of_all_tables(cli, tmp_path):
+def test_bad_arguments_and_the_list_of_all_tables(cli, tmp_path, monkeypatch):
     (tmp_path / "x.jsonl").write_text("[1]\n")
     for flags, line in (("seven", "invalid choice"), ("--ron=2", "unrecognized arguments: --ron"),
                         ("six --runs 0", "is not 1 or more"), ("six --seed=3", "a whole table"),
@@ -354,6 +354,8 @@ def test_bad_arguments_and_the_list_of_all_tables(cli, tmp_path):
                         ("kd-early --teacher-ckpt x.pt", "stops teachers of its own"),
                         (f"--record {tmp_path} y.jsonl", "no finished run")):
         assert line in cli("reproduce", *flags.split()).refused()
+    monkeypatch.setattr(reproduce, "read_cifar", mock.Mock(side_effect=common.UserError("no net")))
+    assert "no net" in cli("reproduce", "six", "--out", tmp_path).refused()     # before two runs
     listed = cli("reproduce", *"--dataset shapes --teacher wrn16_3 --student wrn16_1".split()).out
     assert all(f"\n{name} " in listed for name in reproduce.TABLES)
 

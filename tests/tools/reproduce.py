@@ -1107,9 +1107,10 @@ def main() -> None:
             list_tables(args)
         else:
             plan = Plan(args.name, args, extra)
-            if plan.dataset.startswith("cifar") and not args.show:      # before two runs fetch it
-                read_cifar(plan.dataset, args.data_dir or Path("data"), train=True)
-            failed = {} if args.show else run_all(plan.jobs(), args.jobs)
+            jobs = [] if args.show else plan.jobs()
+            if plan.dataset.startswith("cifar") and not all(map(is_finished, jobs)):
+                read_cifar(plan.dataset, args.data_dir or Path("data"), True)   # once, for all
+            failed = {} if args.show else run_all(jobs, args.jobs)
             for job, line in failed.items():
                 plan.refused |= set(job.runs)
                 print(f"failed: {' '.join(job.line)}\n    {line}", file=sys.stderr)
