@@ -145,12 +145,15 @@ def test_a_table_from_the_first_run_to_the_last(cli, tmp_path, monkeypatch):
     rows = reproduce.of_pairs(commands, "wrn16_3 wrn16_1 90.0 80.0±0.1 81.5 -")
     monkeypatch.setitem(reproduce.TABLES, "test", reproduce.Table(
         "ours", "?", "cifar10", 5, rows, "cifar10-jeon", ("KL", "CE")))
-    monkeypatch.setattr(reproduce.subprocess, "Popen", in_process)
+    started = mock.Mock(side_effect=in_process)
+    monkeypatch.setattr(reproduce.subprocess, "Popen", started)
     folder, file = tmp_path / "runs", tmp_path / "kept.jsonl"
     command = ["test", *SMALL, "--runs", "2", "--out", folder]
     assert cells(cli("reproduce", *command, "--show").out)["KD"] == ["", "", "0", ""]
     done = cli("reproduce", *command, "--jobs", "2")
     assert done.code == 1 and "0 of 7 runs are finished, 7 to go" in done.out
+    shares = {call.kwargs["env"]["LOCAL_WORLD_SIZE"] for call in started.call_args_list}
+    assert shares == {"2"}, "two runs share the cores that read pictures"
     assert done.err.count("failed: overhaul.py") == done.err.count("add --distance l2") == 2
     place = folder / "epochs-2_train-images-192/shapes/shapes"
     base, ours = ([reproduce.log_of(place / name / f"seed{seed}")[-1]["test"] for seed in (0, 1)]
