@@ -1,4 +1,5 @@
 """The kit for courses: every mistake is told by its number, and the tests of the losses see it."""
+import importlib
 import json
 import math
 import shutil
@@ -77,7 +78,29 @@ def near_margin(norm):
     return (mu - sigma * torch.exp(log_density - torch.special.log_ndtr(-mu / sigma))).to(norm.bias)
 
 
+def reference(name):
+    return getattr(importlib.import_module(name.split(".")[0]), name.split(".")[1])
+
+
+def unweighted(student_maps, teacher_maps, margins, partial=True, weights=None):
+    return reference("overhaul.overhaul_loss")(student_maps, teacher_maps, margins, partial)
+
+
+def test_a_teacher_may_be_detached_anywhere():
+    """What has no gradient in training may have one in a function, or not."""
+    relu, l2 = map(reference, ("overhaul.margin_relu", "overhaul.partial_l2"))
+    for name, function in (("overhaul.margin_relu", lambda x, m: relu(x.detach(), m.detach())),
+                           ("overhaul.partial_l2", lambda s, t: l2(s, t.detach())),
+                           ("overhaul.overhaul_loss", lambda s, t, m, *more, **named: reference(
+                               "overhaul.overhaul_loss")(s, t, [x.detach() for x in m], *more,
+                                                         **named))):
+        assert judged(name, function) == ("right", "")
+
+
 @pytest.mark.parametrize("name, function, says", [
+    ("kd.kd_loss", lambda z, v, tau: tau ** 2 * kl(soft(z, tau), soft(v.detach(), tau)),
+     "logits of pixels, (N, K, H, W): gives"),
+    ("overhaul.overhaul_loss", unweighted, "other weights: gives"),
     ("kd.kd_loss", plain_kd, "values up to 60000: gives nan"),
     ("atang.attention_map", lambda x: F.normalize(x.square().sum(1).flatten(1)),
      "bfloat16: gives bfloat16, not float32"),
@@ -126,7 +149,7 @@ def test_a_blanked_copy_stands_alone_and_holds_no_solution(copy, tmp_path):
              for path in copy.rglob("*") if path.suffix in (".py", ".md", ".json")}
     assert "SUM over the pairs of the MEAN over batch and pixels" in texts["at.py"]
     for solution in ("adaptive_avg_pool2d(x, size)", "logsigmoid(pos", "& (teacher_target <= 0)",
-                     "numpy_unit(vector)", "kl_div(log_p", "MISTAKES"):
+                     "numpy_unit(vector)", "kl_div(", "MISTAKES"):
         assert not [name for name, text in texts.items() if solution in text], solution
     # a student's own check of losses: one is right, one is wrong, one is not written
     shutil.copytree(copy, tmp_path, dirs_exist_ok=True)

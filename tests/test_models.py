@@ -149,7 +149,7 @@ def test_shuffle_interleaves_and_pyramids_grow_by_alpha():
 def test_wrong_names_are_refused_and_keywords_arrive(name, says):
     with pytest.raises(UserError, match=re.escape(says)):
         create_model(name, 10)
-    rates = {"mobilenetv2": 0.2, "mobilenetv2_half": 0.0}
+    rates = {"mobilenetv2": 0.2, "mobilenetv2_half": 0.0, "imagenet_mobilenetv2": 0.2}
     assert all(create_model(name, 10).dropout.p == rate for name, rate in rates.items())
     assert create_model("mobilenetv2", 10, dropout=0.0).dropout.p == 0
     with pytest.raises(TypeError):

@@ -62,6 +62,8 @@ def test_networks_that_do_not_match(cli, out, tmp_path, monkeypatch):
     monkeypatch.setitem(common.MAKERS, "plain", Plain)
     assert cli("kd", *SMALL, "--out", out, "--student", "plain").code == 0
     assert state(out / f"{PLACE}/kd/wrn10_1-plain/seed0")["network"] == "plain"
+    for what in ("maps", "energy"):
+        assert "plain has no maps" in cli("look", what, out / PLACE / "kd/wrn10_1-plain").refused()
     monkeypatch.setattr(common, "draw_shapes", None)
     new = ["--out", tmp_path / "new"]
     for script, teacher, network, group in (

@@ -425,7 +425,17 @@ def test_maps_and_energy(cli, tmp_path, monkeypatch):
     assert "0 to 199" in cli("look", "maps", *folders, "--images", "200").refused()
 
 
-def test_curves_scatter_and_sweep_from_the_recorded_logs_alone(cli, tmp_path):
+def test_a_colour_for_each_class_of_voc_and_none_without_a_label(monkeypatch):
+    figures, loader = [], Namespace(num_classes=21, mean=[0.0] * 3, std=[1.0] * 3)
+    monkeypatch.setattr(look, "save", lambda figure, args: figures.append(figure))
+    labels = torch.tensor([[-100, *range(21)]]).view(1, 2, 11)
+    look.draw_answers([], loader, torch.zeros(1, 3, 2, 11), labels, None)
+    image, = figures[0].axes[1].images
+    seen = {tuple(colour) for colour in image.to_rgba(image.get_array()).reshape(-1, 4)}
+    assert len(seen) == 22 and (0, 0, 0, 0) in seen
+
+
+def test_curves_scatter_and_sweep_from_the_recorded_logs_alone(cli, tmp_path, monkeypatch):
     names = "baseline/wrn16_1 kd/wrn16_3-wrn16_1 atang/wrn16_3-wrn16_1"
     folders = [SHAPES / name for name in names.split()]
     sweep = (f"sweep atang-margin --dataset shapes --teacher wrn16_3 --student wrn16_1 --runs 3 "
@@ -436,6 +446,12 @@ def test_curves_scatter_and_sweep_from_the_recorded_logs_alone(cli, tmp_path):
         assert done.code == 0 and Image.open(tmp_path / "x.png").size == size, done.all
     assert "no finished run" in cli("look", *sweep, "--lr", "0.3").refused()
     assert "leave baselines out" in cli("look", "scatter", *folders).refused()
+    scenes, figures = RECORDS / "scenes/scenes/overhaul", []
+    with monkeypatch.context() as patch:
+        patch.setattr(look, "save", lambda figure, args: figures.append(figure))
+        assert cli("look", "curves", scenes).code == cli("look", "scatter", scenes).code == 0
+    assert figures[0].axes[0].get_title() == "test mIoU, per cent"
+    assert figures[1].axes[0].get_ylabel() == "mIoU, per cent"
     # mean and std over the seeds; L_A without its weight; FSP's two stages in a row
     group, = look.groups_of(folders[2:])
     lines = [json.loads(line) for line in RECORDS.read_text().splitlines()]

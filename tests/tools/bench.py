@@ -189,9 +189,9 @@ def compare_training(options: argparse.Namespace, folder: Path) -> None:
 
 def compare_loaders(options: argparse.Namespace, folder: Path) -> None:
     """An epoch of augmented images; the contenders in turn, on as many workers."""
-    count, workers = options.images, options.workers
+    count, large, workers = options.images, max(20, options.images // 40), options.workers
     draw_files(folder / "small", count, 32, 32, "png")
-    draw_files(folder / "large", count // 40, 448, 384, "jpg")
+    draw_files(folder / "large", large, 448, 384, "jpg")
     files = datasets.ImageFolder(folder / "large/train", usual(transforms.RandomResizedCrop(224)))
     given = dict(device=options.device, augment=True, seed=0, workers=workers)
     contests = {
@@ -199,7 +199,7 @@ def compare_loaders(options: argparse.Namespace, folder: Path) -> None:
             "common.py": common.load_data("folder", folder / "small", 128, **given)[0],
             "torchvision": DataLoader(Pictures(count), 128, True, num_workers=workers),
             "torchvision, no workers": DataLoader(Pictures(count), 128, True)},
-        f"{count // 40} JPEGs of 448x384 to 224x224, batch 64": {
+        f"{large} JPEGs of 448x384 to 224x224, batch 64": {
             "common.py": common.load_data("imagenet", folder / "large", 64, **given)[0],
             "torchvision": DataLoader(files, 64, True, num_workers=workers)}}
     for title, loaders in contests.items():
@@ -207,7 +207,9 @@ def compare_loaders(options: argparse.Namespace, folder: Path) -> None:
         for _ in range(options.repeats + 1):
             for name, loader in loaders.items():
                 start = time.perf_counter()
-                seen = sum(len(images) for images, _ in loader)
+                seen = sum(len(images.to(options.device)) for images, _ in loader)
+                if options.device != "cpu":
+                    torch.cuda.synchronize()
                 rates[name].append(seen / (time.perf_counter() - start))
         print(f"{title}, {workers} workers; images/s: " + "; ".join(
             f"{name} {told(values[1:])}" for name, values in rates.items()))

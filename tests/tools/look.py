@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import reproduce
 from reproduce import positive
 from atang import attention_map
-from common import DATASETS, Loader, UserError, balanced_order, load_data
+from common import DATASETS, Loader, UserError, balanced_order, check_pair, load_data
 
 # Okabe and Ito's colours, which the colour-blind tell apart; grey for yellow, pale on white
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#777777"]
@@ -136,10 +136,13 @@ def networks_of(groups: list[Group], loader: Loader, given: Path | None) -> list
         key = log[0]["settings"].get("teacher_hash")
         if key and key not in teachers:
             teachers[key] = reproduce.teacher_of(run, loader, given)
-    return [*(Network(f"teacher {key[:6]}" if len(teachers) > 1 else "teacher", name, [path])
-              for key, (name, path) in teachers.items()),
-            *(Network(label, reproduce.student_of(runs[0]), [run / "last.pt" for run in runs])
-              for label, runs, _ in groups)]
+    found = [*(Network(f"teacher {key[:6]}" if len(teachers) > 1 else "teacher", name, [path])
+               for key, (name, path) in teachers.items()),
+             *(Network(label, reproduce.student_of(runs[0]), [run / "last.pt" for run in runs])
+               for label, runs, _ in groups)]
+    for network in found if not loader.pixels else []:      # an error where it shows no maps
+        check_pair(network.name, network.name, loader.size, ["stages"])
+    return found
 
 
 # === Maps =======================================================================================
@@ -296,7 +299,9 @@ def draw_answers(networks: list, loader: Loader, images: Tensor, labels: Tensor,
     for column, (title, answers) in enumerate(columns.items(), 1):
         sheet[0, column].set_title(title, fontsize=7, pad=3)
         for axes, answer in zip(sheet[:, column], answers):
-            axes.imshow(answer.numpy(), cmap="tab20", vmin=0, vmax=loader.num_classes)
+            seen = answer.double().where(answer >= 0, math.nan)     # without a label: blank
+            colours = "tab20" if loader.num_classes <= 20 else "nipy_spectral"
+            axes.imshow(seen.numpy(), cmap=colours, vmin=0, vmax=loader.num_classes)
     save(figure, args)
 
 
@@ -414,7 +419,8 @@ def draw_curves(args: argparse.Namespace) -> None:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
     counts = " or ".join(map(str, sorted({len(group.logs) for group in groups})))
-    panels["test"].set_title(f"{groups[0].logs[0][0]['settings']['split']} accuracy, per cent")
+    panels["test"].set_title(f"{groups[0].logs[0][0]['settings']['split']} "
+                             f"{reproduce.command_of(groups[0].runs[0]).score}, per cent")
     panels["test"].legend(loc="lower right", title=f"mean ± std over the seeds: {counts}",
                           fontsize=8 if len(groups) < 10 else 6)
     save(figure, args)
@@ -424,9 +430,11 @@ def draw_sweep(args: argparse.Namespace) -> None:
     """Accuracy over the constant of the rows `symbol = value`; the baseline is a band."""
     places = argparse.Namespace(**vars(args) | {"out": args.runs_dir})
     plan = reproduce.Plan(args.name, places, args.extra)
-    points, baselines, symbol = {}, {}, ""
+    points, baselines, symbol, splits = {}, {}, "", []
     for row in plan.rows:
-        tests = [log[-1]["test"] for log in plan.logs(row).values()]
+        logs = list(plan.logs(row).values())
+        tests = [log[-1]["test"] for log in logs]
+        splits += [log[0]["settings"]["split"] for log in logs]
         if tests and (match := re.fullmatch(r"(\w+) = (\S+)", row.label)):
             symbol, value = match.groups()
             points.setdefault(f"{row.teacher} to {row.student}", {})[float(value)] = tests
@@ -452,7 +460,8 @@ def draw_sweep(args: argparse.Namespace) -> None:
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.minorticks_off()
     axes.set_xlabel(symbol)
-    axes.set_ylabel(f"{'val' if 'val' in plan.extra else 'test'} accuracy, per cent: mean ± std")
+    score = reproduce.parsed(*plan.command(plan.rows[0])).score
+    axes.set_ylabel(f"{splits[0]} {score}, per cent: mean ± std")
     axes.set_title(plan.title)
     axes.legend()
     save(figure, args)
@@ -473,8 +482,9 @@ def draw_scatter(args: argparse.Namespace) -> None:
     The paper does not say on which images it takes L_A; here it is the mean over the last epoch's
     training batches, as the log has it, over gamma. Other margins make another loss: do not mix.
     """
-    panels = {}
-    for number, (label, runs, logs) in enumerate(groups_of(args.runs, finished=True)):
+    panels, groups = {}, groups_of(args.runs, finished=True)
+    score = reproduce.command_of(groups[0].runs[0]).score
+    for number, (label, runs, logs) in enumerate(groups):
         for run, log in zip(runs, logs):
             term, loss = final_loss(run, log)
             own = panels.setdefault(term, {}).setdefault((number, label), [])
@@ -488,8 +498,8 @@ def draw_scatter(args: argparse.Namespace) -> None:
         if len(losses) > 2 and len(set(losses)) > 1 < len(set(tests)):
             told += f", r = {correlation(losses, tests):+.2f}"
         axes.set_title(told)
-        axes.set_xlabel("last epoch's loss" + ("" if " " in term else ", without its weight"))
-        axes.set_ylabel("accuracy, per cent")
+        axes.set_xlabel("last distilled epoch's loss" + ", without its weight" * (" " not in term))
+        axes.set_ylabel(f"{score}, per cent")
         axes.locator_params(axis="x", nbins=4)
         axes.xaxis.set_major_formatter("{x:.4g}")
         if len(own) > 1:

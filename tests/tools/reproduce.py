@@ -55,7 +55,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from common import (DATASETS, Loader, UserError, create_model, load_data,  # noqa: E402
                     load_weights, read_cifar, usual_workers)
-from skd import spherical  # noqa: E402
+from skd import kd_loss, spherical  # noqa: E402
 
 # === The tables =================================================================================
 
@@ -901,8 +901,7 @@ def outputs(run: Path, data_dir: Path | None, teacher: tuple[str, Path] | None =
         values[""]["top-5"] = 100 * right.any(1).double().mean().item()
     if teacher:
         v = logits_of(*teacher, loader)
-        values[""]["KL"] = F.kl_div(z.log_softmax(1), v.log_softmax(1), reduction="batchmean",
-                                    log_target=True).item()
+        values[""]["KL"] = kd_loss(z, v, temperature=1.0).item()
         for temperature in sorted({1.0, settings.get("temperature", 1.0)}):
             values[f"{temperature:g}"] = gaps(z, v, temperature)
             if run.parent.parent.name == "skd" and settings["scale"] != "none":
