@@ -697,7 +697,7 @@ def published_weights(name: str) -> dict:
         return rank0_first(partial(weights.get_state_dict, progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
         raise UserError(f"could not fetch {weights.url} ({error}); download it by hand and give "
-                        f"--teacher-ckpt the file") from None
+                        f"the file's path instead") from None
 
 
 def own_names(keys: list[str]) -> list[str]:

@@ -363,7 +363,7 @@ def train(model, teacher, loaders, args, run, seed, until=None) -> list[dict]:
     for key in old | settings:
         if old.get(key) != settings.get(key):
             raise UserError(f"{folder} was begun with another {key} ({str(old.get(key))[:60]}, now "
-                            f"{str(settings.get(key))[:60]}): choose another --out")
+                            f"{str(settings.get(key))[:60]}): use its command, or another --out")
     versions = f"torch {torch.__version__}, {args.world} x {args.device}"
     log[0]["versions"] += [versions] if versions not in log[0]["versions"] else []
     if kept:

@@ -99,13 +99,21 @@ def test_a_teacher_may_be_detached_anywhere():
 
 @pytest.mark.parametrize("name, function, says", [
     ("kd.kd_loss", lambda z, v, tau: tau ** 2 * kl(soft(z, tau), soft(v.detach(), tau)),
-     "logits of pixels, (N, K, H, W): gives"),
-    ("overhaul.overhaul_loss", unweighted, "other weights: gives"),
+     "logits (N, K, H, W): gives "),
+    ("overhaul.overhaul_loss", unweighted, "weights that are given: gives "),
+    ("at.at_loss", lambda s, t, p=2: reference("at.at_loss")(s, t[:len(s)], p),
+     "unequal lists: a value, not ValueError")])
+def test_wrong_where_the_docstring_says_more(name, function, says):
+    word, told = judged(name, function)
+    assert word == "wrong" and told.startswith(says)
+
+
+@pytest.mark.parametrize("name, function, says", [
     ("kd.kd_loss", plain_kd, "values up to 60000: gives nan"),
     ("atang.attention_map", lambda x: F.normalize(x.square().sum(1).flatten(1)),
      "bfloat16: gives bfloat16, not float32"),
-    ("kd.kd_loss", lambda z, v, tau: tau ** 2 * kl(soft(z.float(), tau), soft(
-        v.detach().float(), tau)), "float64: gives float32, not float64"),
+    ("kd.kd_loss", lambda z, v, tau: plain_kd(z.float(), v.float(), tau),
+     "float64: gives float32, not float64"),
     ("fsp.fsp_matrix", lambda a, b: torch.einsum("nihw,njhw->nij", F.adaptive_max_pool2d(
         a, b.shape[2:]), b) / b[0, 0].numel(), "in autocast: gives bfloat16, not float32"),
     ("atang.angular_map", lambda q, m, s: torch.log(1 / (1 + torch.exp(

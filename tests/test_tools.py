@@ -451,7 +451,7 @@ def test_curves_scatter_and_sweep_from_the_recorded_logs_alone(cli, tmp_path, mo
         patch.setattr(look, "save", lambda figure, args: figures.append(figure))
         assert cli("look", "curves", scenes).code == cli("look", "scatter", scenes).code == 0
     assert figures[0].axes[0].get_title() == "test mIoU, per cent"
-    assert figures[1].axes[0].get_ylabel() == "mIoU, per cent"
+    assert figures[1].axes[0].get_ylabel() == "test mIoU, per cent"
     # mean and std over the seeds; L_A without its weight; FSP's two stages in a row
     group, = look.groups_of(folders[2:])
     lines = [json.loads(line) for line in RECORDS.read_text().splitlines()]

@@ -483,7 +483,8 @@ def draw_scatter(args: argparse.Namespace) -> None:
     training batches, as the log has it, over gamma. Other margins make another loss: do not mix.
     """
     panels, groups = {}, groups_of(args.runs, finished=True)
-    score = reproduce.command_of(groups[0].runs[0]).score
+    split = groups[0].logs[0][0]["settings"]["split"]
+    score = f"{split} {reproduce.command_of(groups[0].runs[0]).score}"
     for number, (label, runs, logs) in enumerate(groups):
         for run, log in zip(runs, logs):
             term, loss = final_loss(run, log)
