@@ -35,7 +35,7 @@ Departures from the papers and from the first author's code:
  4. Batch size, CIFAR-10's weight decay, no crop and flip: departure 2 in kd.py. Section 3.1 adopts
     early-stopped KD, naming no epoch: here only by --teacher-epochs and --distill-epochs.
  5. AMD's L_A is the code's; the journal's text we have not seen: gamma and margin are ATang's.
-    amd-local, 0.8 of that and 0.2 of its quadrants' mean, is what the code intends, but crashes in.
+    amd-local, 0.8 of that and 0.2 of its quadrants' mean, is what its code means to do; it crashes.
 """
 import argparse
 import hashlib

@@ -589,9 +589,12 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
 
 
-def run_all(jobs: list[Job], slots: int) -> dict[Job, str]:
+def run_all(plan: Plan, slots: int) -> dict[Job, str]:
     """Run what is not finished, `slots` at a time; what failed, with its last line."""
+    jobs = plan.jobs()
     waiting = [job for job in jobs if not is_finished(job)]
+    if waiting and plan.dataset.startswith("cifar"):        # fetched once, not by two runs
+        read_cifar(plan.dataset, plan.args.data_dir or Path("data"), train=True)
     running, failed, count, begun = {}, {}, len(waiting), time.time()
     print(f"{len(jobs) - count} of {len(jobs)} runs are finished, {count} to go", flush=True)
     unfinished = {job.runs[0] for job in waiting}
@@ -1106,10 +1109,7 @@ def main() -> None:
             list_tables(args)
         else:
             plan = Plan(args.name, args, extra)
-            jobs = [] if args.show else plan.jobs()
-            if plan.dataset.startswith("cifar") and not all(map(is_finished, jobs)):
-                read_cifar(plan.dataset, args.data_dir or Path("data"), True)   # once, for all
-            failed = {} if args.show else run_all(jobs, args.jobs)
+            failed = {} if args.show else run_all(plan, args.jobs)
             for job, line in failed.items():
                 plan.refused |= set(job.runs)
                 print(f"failed: {' '.join(job.line)}\n    {line}", file=sys.stderr)
