@@ -18,7 +18,7 @@ of each group of blocks, to have the teacher's map; the widths of the two may di
 
 Run:
     python at.py --dataset shapes                          5 min with teacher: 87.3 % (5 seeds)
-    python at.py --teacher wrn16_3 --student wrn16_1       AT+KD on CIFAR-10, 200 epochs, a GPU
+    python at.py --teacher wrn16_3 --student wrn16_1       AT+KD on CIFAR-10, a GPU: 85.1 % (1 seed)
     python at.py --recipe cifar10-zagoruyko                AT alone, by the recipe of its own paper
 
 Departures from the paper and from known code:

@@ -21,7 +21,7 @@ networks on one sphere: what is left to match is their direction, which class re
 
 Run:
     python skd.py --dataset shapes                           5 min with teacher: 76.4 % (5 seeds)
-    python skd.py --teacher wrn16_3 --student wrn16_1        CIFAR-10, 200 epochs, a GPU
+    python skd.py --teacher wrn16_3 --student wrn16_1        CIFAR-10, a GPU: 84.1 % (1 seed)
     python tests/tools/reproduce.py skd-7                    Table 7; -1 to -6 as well
 
 Departures from the paper and from the authors' code:

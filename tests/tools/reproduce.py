@@ -449,7 +449,8 @@ class Plan:
         self.published = (self.table.published and self.dataset == self.table.dataset
                           and not args.teacher)
         self.ready = bool(self.published or args.teacher_ckpt)      # no teacher is to be trained
-        self.of_paper = not args.teacher and not args.student    # else its numbers are of others
+        alike = not args.teacher and not args.student       # else its numbers are of others
+        self.of_paper = alike and self.dataset in (self.table.dataset, "folder")
         in_folder = self.dataset == "folder" and args.data_dir
         self.folder = args.data_dir.resolve().name if in_folder else ""
         self.title = f"{name} ({self.table.paper}), {self.dataset} {self.folder}".strip()
