@@ -197,6 +197,10 @@ def test_the_runs_on_cifar10_are_the_recorded_ones(cli):
                                  "folder/cifar10-jeon/atang/wrn16_3-wrn16_1/seed0")
         assert log[0]["settings"]["gamma"] == gamma and told in " ".join(SHOWN.split())
         assert f"{log[-1]['test']:.2f}" == told.split()[0]
+    fsp, alone = (reproduce.complete(at_length(methods[label]))[1]["test"]
+                  for label in ("FSP", "baseline"))
+    assert (f"student has {fsp:.2f} % after the first epoch of stage 2 and the baseline {alone:.2f}"
+            in " ".join(SHOWN.split()))
     docstring = " ".join((ROOT / "kd.py").read_text().split('"""')[1].split())
     last, best = (", ".join(of[name] for name in list(methods)[:3]) for of in (lasts, bests))
     assert f"{last} here, in the best epochs {best}" in docstring
