@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text()
 LABS = (ROOT / "tests/course/labs.md").read_text()
 RECORDS = ROOT / "tests/reference/runs.jsonl"
 TEACHER = ROOT / "tests/reference/wrn16_3-cifar10.pt"
+FROM = "from-tests-reference-wrn16_3-cifar10.pt_cifar10"        # the label of its students
 COMMAND = r"python ((?:kd|at|atang|fsp|overhaul|skd)\.py[^`#\n|&]*)"
 
 
@@ -116,7 +117,7 @@ def test_a_table_of_the_readme_is_that_of_the_recorded_runs(command, cli):
     assert table in SHOWN
 
 
-def test_the_gain_of_the_first_commands_is_that_of_the_recorded_runs():
+def test_the_gain_of_the_first_commands_is_that_of_the_recorded_runs(cli):
     """With one thread, with two, on another processor, which round otherwise; a teacher each."""
     gains, teachers = [], set()
     for folder in (RECORDS / f"first-{where}/shapes/shapes" for where in (1, 2, "epyc")):
@@ -134,7 +135,7 @@ def test_the_gain_of_the_first_commands_is_that_of_the_recorded_runs():
 
 def at_length(method: str) -> reproduce.Path:
     """The runs of 200 epochs; KD's is of the teacher before it was rounded for the repo."""
-    label = "cifar10" if method == "kd" else "from-tests-reference-wrn16_3-cifar10.pt_cifar10"
+    label = "cifar10" if method == "kd" else FROM
     label = "epochs-150_fsp-epochs-50_" * (method == "fsp") + label
     alone = method.startswith("baseline/")
     place = RECORDS / ("cifar10" if alone else label) / "folder/cifar10-jeon" / method
@@ -193,8 +194,8 @@ def test_the_runs_on_cifar10_are_the_recorded_ones(cli):
     for gamma, told in ((5000, "72.20 % with gamma = 5000"), (25000, "75.15 with 25000"),
                         (100000, "73.65 with 100000")):
         flag = f"gamma-{gamma}_" * (gamma != 5000)
-        log = reproduce.complete(RECORDS / f"epochs-4_{flag}from-wrn16_3-cifar10.pt_cifar10" /
-                                 "folder/cifar10-jeon/atang/wrn16_3-wrn16_1/seed0")
+        log = reproduce.complete(RECORDS / f"epochs-4_{flag}{FROM}" / at_length("atang")
+                                 .relative_to(RECORDS / FROM))
         assert log[0]["settings"]["gamma"] == gamma and told in " ".join(SHOWN.split())
         assert f"{log[-1]['test']:.2f}" == told.split()[0]
     fsp, alone = (reproduce.complete(at_length(methods[label]))[1]["test"]
@@ -233,7 +234,7 @@ def test_the_teacher_that_comes_with_the_repo(cli, tmp_path):
     log = reproduce.complete(RECORDS / "cifar10/folder/cifar10-jeon/baseline/wrn16_3/seed0")
     assert kept["log"] == log and kept["class_names"] == log[0]["settings"]["class_names"]
     shown = cli("reproduce", *"six --dataset folder --data-dir cifar10 --epochs 4 --teacher-ckpt "
-                "wrn16_3-cifar10.pt --show --out".split(), RECORDS)
+                "tests/reference/wrn16_3-cifar10.pt --show --out".split(), RECORDS)
     assert table_of(shown.out) in LABS and shown.out.count("| 1 |") == 8
     flags = ["--epochs", 1, "--batch-size", 10, "--device", "cpu", "--out", tmp_path / "runs",
              "--teacher-ckpt", TEACHER, "--student", "resnet8"]

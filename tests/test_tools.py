@@ -167,13 +167,22 @@ def test_a_table_from_the_first_run_to_the_last(cli, tmp_path, monkeypatch):
     assert again.code == 1 and "5 of 7 runs are finished, 2 to go" in again.out
     assert cells(again.out) == cells(done.out)
     # a file of the logs gives the same tables; recorded once more, a run replaces its line
-    for _ in range(2):
-        assert "5 finished runs" in cli("reproduce", "--record", folder, file).out
+    for place_of_others in ("", ", 5 of them in place of others"):
+        kept = cli("reproduce", "--record", folder, file).out
+        assert kept == f"5 finished runs of {folder} are recorded in {file}{place_of_others}\n"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert {line["label"] for line in lines} == {"epochs-2_train-images-192"}
     assert len(lines) == 5 + 2 and str(tmp_path) not in file.read_text()    # two measurements
     shown = cli("reproduce", *command, "--show", "--out", file).out
     assert list(map(cells, shown.split("measured on"))) == [first, second]
+    # and below a label of its own
+    assert "5 finished" in cli("reproduce", "--record", folder, tmp_path / "two.jsonl/own").out
+    assert cli("reproduce", *command, "--show", "--out", tmp_path / "two.jsonl/own").out == (
+        shown.replace(f"{file}", f"{tmp_path}/two.jsonl/own"))
+    assert "no recorded run" in cli("reproduce", *command, "--show", "--out", file / "x").refused()
+    assert "data sets' lie" in cli("reproduce", "--record", place, tmp_path / "two.jsonl").refused()
+    recorded = file / place.relative_to(folder) / "baseline/resnet8/seed0"
+    assert "no weights to measure" in cli("reproduce", "--measure", recorded).refused()
     listed = cli("reproduce", "--table", folder, "--csv", tmp_path / "x.csv").out.splitlines()
     assert listed == cli("reproduce", "--table", file).out.splitlines() and len(listed) == 4
     row = list(csv.reader((tmp_path / "x.csv").open()))[3]

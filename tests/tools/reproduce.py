@@ -449,10 +449,10 @@ class Plan:
         self.published = (self.table.published and self.dataset == self.table.dataset
                           and not args.teacher)
         self.ready = bool(self.published or args.teacher_ckpt)      # no teacher is to be trained
-        alike = not args.teacher and not args.student       # else its numbers are of others
-        self.of_paper = alike and self.dataset in (self.table.dataset, "folder")
         in_folder = self.dataset == "folder" and args.data_dir
         self.folder = args.data_dir.resolve().name if in_folder else ""
+        alike = not args.teacher and not args.student       # else its numbers are of others
+        self.of_paper = alike and self.table.dataset in (self.dataset, self.folder)
         self.title = f"{name} ({self.table.paper}), {self.dataset} {self.folder}".strip()
         rows = {}
         for row in self.table.rows:
@@ -745,10 +745,11 @@ def list_runs(place: Path, file: Path | None = None) -> None:
         alike = [other for other in tests if other[1:5] == key[1:5]]
         named = differences([dict(settings[other]) for other in alike], ["epochs"])
         alone = (*key[1:3], "baseline", key[4].split("-")[-1])
-        # its settings decide, in any folder
-        bases = [tests[other] for other in tests if other[1:5] == alone != key[1:5]
+        # its settings decide, in its own folder or else in any
+        bases = [other for other in tests if other[1:5] == alone != key[1:5]
                  and settings[other] <= settings[key] and own.keys() <= tests[other].keys()]
-        told = gain(own, bases[0]).split(" ")[0] if bases else ""
+        bases.sort(key=lambda other: other[0] != key[0])
+        told = gain(own, tests[bases[0]]).split(" ")[0] if bases else ""
         middle, _, std = spread([*own.values()]).partition(" ± ")
         lines.append([*key[:6], middle, std, str(len(own)), told, named[alike.index(key)]])
     print_aligned(lines)
@@ -757,20 +758,26 @@ def list_runs(place: Path, file: Path | None = None) -> None:
             csv.writer(opened).writerows(lines)
 
 
-def record(source: Path, target: Path) -> None:
+def record(source: Path, place: Path) -> None:
     """Put the logs of all finished runs, and what was measured of them, into a file, a run a line.
 
-    A line that the file has of the same run is replaced; the commands' absolute paths are cut.
+    The target may be FILE/label, whose runs `--out FILE/label --show` prints. A line that the file
+    has of the same run is replaced; the commands' absolute paths are cut.
     """
+    target = file_of(place) or place
     kept = dict(records(target)) if target.exists() else {}
     found = {run: complete(run) for run in runs_below(source) if complete(run)}
-    if not found:
-        raise UserError(f"{source} holds no finished run: name the folder of the runs")
+    if not found or min(len(run.relative_to(source).parts) for run in found) < 5:
+        raise UserError(f"{source} holds no finished run: name the folder of the runs, in which "
+                        f"the data sets' lie")
+    below = place.relative_to(target)
+    names = {run: (below / run.relative_to(source)).as_posix() for run in found}
+    replaced = kept.keys() & set(names.values())
     for run, (header, *rows) in found.items():
         command = [Path(word).name if word.startswith("/") else word for word in header["command"]]
-        kept[run.relative_to(source).as_posix()] = [header | {"command": command}, *rows]
+        kept[names[run]] = [header | {"command": command}, *rows]
     for path in source.rglob("measured*.json"):
-        kept[path.relative_to(source).as_posix()] = json.loads(path.read_text())
+        kept[(below / path.relative_to(source)).as_posix()] = json.loads(path.read_text())
     aside = target.with_suffix(".tmp")
     with aside.open("w") as file:
         for name in sorted(kept):
@@ -780,7 +787,8 @@ def record(source: Path, target: Path) -> None:
             print(json.dumps(line | {kind: kept[name]}), file=file)
     aside.replace(target)
     records.cache_clear()
-    print(f"{len(found)} finished runs of {source} are recorded in {target}")
+    print(f"{len(found)} finished runs of {source} are recorded in {place}" +
+          f", {len(replaced)} of them in place of others" * bool(replaced))
 
 
 # === Measuring finished runs ====================================================================
@@ -940,6 +948,8 @@ theorem 2      what G_f centred should be by SKD's Theorem 2, in logits"""
 def measure(runs: list[Path], data_dir: Path | None, teacher: Path | None) -> None:
     measured, lines = [], []
     for run in (run.resolve() for run in runs):
+        if file_of(run):
+            raise UserError(f"{run}: recorded runs have no weights to measure")
         name, *student = run.parent.name.split("-")
         one = outputs(run, data_dir, (name, teacher) if teacher and student else None)
         if measured and one.loader is not measured[0].loader:
@@ -1109,6 +1119,8 @@ def main() -> None:
         elif not args.name:
             list_tables(args)
         else:
+            if file_of(args.out) and not runs_below(args.out):
+                raise UserError(f"{args.out} holds no recorded run: --table lists those of a file")
             plan = Plan(args.name, args, extra)
             failed = {} if args.show else run_all(plan, args.jobs)
             for job, line in failed.items():
