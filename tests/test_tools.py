@@ -181,6 +181,10 @@ def test_a_table_from_the_first_run_to_the_last(cli, tmp_path, monkeypatch):
         shown.replace(f"{file}", f"{tmp_path}/two.jsonl/own"))
     assert "no recorded run" in cli("reproduce", *command, "--show", "--out", file / "x").refused()
     assert "data sets' lie" in cli("reproduce", "--record", place, tmp_path / "two.jsonl").refused()
+    mixed = file.read_text().replace('"bf16": false', '"bf16": true', 1)
+    (tmp_path / "mixed.jsonl").write_text(mixed)
+    mixed = cli("reproduce", *command, "--show", "--out", tmp_path / "mixed.jsonl").out
+    assert "bfloat16" in mixed and "bfloat16" not in shown
     recorded = file / place.relative_to(folder) / "baseline/resnet8/seed0"
     assert "no weights to measure" in cli("reproduce", "--measure", recorded).refused()
     listed = cli("reproduce", "--table", folder, "--csv", tmp_path / "x.csv").out.splitlines()

@@ -699,11 +699,13 @@ def show(plan: Plan) -> None:
         cells.append([row.label, *[networks] * several, *papers * compared,
                       spread([*own.values()]), gain(own, tests[baseline[:4]]) if baseline else "",
                       str(len(own)), f"{mean(took):.1f}" if own else ""])
-    splits = [log[0]["settings"]["split"] for own in logs.values() for log in own.values()]
-    split = splits[0] if splits else "val" if "val" in plan.extra else "test"
+    found = [log[0]["settings"] for own in logs.values() for log in own.values()]
+    split = found[0]["split"] if found else "val" if "val" in plan.extra else "test"
     score = parsed(*plan.command(plan.rows[0])).score
     print(f"\n{plan.title}; {split} {score} in per cent; {' '.join(sys.argv[1:])}")
     print_markdown(cells)
+    if len({settings.get("bf16") for settings in found}) > 1:
+        print("\nSome of these runs are in bfloat16, others in float32.")
     if plan.table.note and plan.of_paper:
         print("\n" + plan.table.note)
     if plan.table.measured:
@@ -1024,7 +1026,8 @@ def show_measured(plan: Plan, tests: dict) -> None:
                         for key, text in zip(wanted, line)]
             cells.append([row.label, row.teacher, temperature, *line])
     if len(cells) > 1:
-        print(f"\n{plan.table.paper}, measured on the last epoch's networks (the paper's number)")
+        print(f"\n{plan.table.paper}, measured on the last epoch's networks" +
+              " (the paper's number)" * plan.of_paper)
         print_markdown(cells)
 
 
