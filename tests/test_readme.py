@@ -191,10 +191,12 @@ def test_the_runs_on_cifar10_are_the_recorded_ones(cli):
         for cells, text in ((short, README), (long, SHOWN)):
             line = "|" + "".join(f" {cell} |" if cell else " |" for cell in cells) + "\n"
             assert line in text, line
-    for gamma, told in ((5000, "72.20 % with gamma = 5000"), (25000, "75.15 with 25000"),
-                        (100000, "73.65 with 100000")):
+    for epochs, gamma, told in (
+            ("epochs-4", 5000, "72.20 % with gamma = 5000"), ("epochs-4", 25000, "75.15 with 25000"),
+            ("again_epochs-4", 5000, "72.47 on another"), ("epochs-4", 100000, "73.65 with 100000"),
+            ("epochs-16", 5000, "83.65 with 5000"), ("epochs-16", 25000, "83.67 with 25000")):
         flag = f"gamma-{gamma}_" * (gamma != 5000)
-        log = reproduce.complete(RECORDS / f"epochs-4_{flag}{FROM}" / at_length("atang")
+        log = reproduce.complete(RECORDS / f"{epochs}_{flag}{FROM}" / at_length("atang")
                                  .relative_to(RECORDS / FROM))
         assert log[0]["settings"]["gamma"] == gamma and told in " ".join(SHOWN.split())
         assert f"{log[-1]['test']:.2f}" == told.split()[0]
