@@ -192,8 +192,9 @@ def test_the_runs_on_cifar10_are_the_recorded_ones(cli):
             line = "|" + "".join(f" {cell} |" if cell else " |" for cell in cells) + "\n"
             assert line in text, line
     for epochs, gamma, told in (
-            ("epochs-4", 5000, "72.20 % with gamma = 5000"), ("epochs-4", 25000, "75.15 with 25000"),
-            ("again_epochs-4", 5000, "72.47 on another"), ("epochs-4", 100000, "73.65 with 100000"),
+            ("epochs-4", 5000, "72.20 % with gamma = 5000"),
+            ("again_epochs-4", 5000, "72.47 on another"), ("epochs-4", 25000, "75.15 with 25000"),
+            ("epochs-4", 100000, "73.65 with 100000"),
             ("epochs-16", 5000, "83.65 with 5000"), ("epochs-16", 25000, "83.67 with 25000")):
         flag = f"gamma-{gamma}_" * (gamma != 5000)
         log = reproduce.complete(RECORDS / f"{epochs}_{flag}{FROM}" / at_length("atang")
