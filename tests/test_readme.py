@@ -191,20 +191,13 @@ def test_the_runs_on_cifar10_are_the_recorded_ones(cli):
         for cells, text in ((short, README), (long, SHOWN)):
             line = "|" + "".join(f" {cell} |" if cell else " |" for cell in cells) + "\n"
             assert line in text, line
-    for epochs, gamma, told in (
-            ("epochs-4", 5000, "72.20 % with gamma = 5000"),
-            ("again_epochs-4", 5000, "72.47 on another"), ("epochs-4", 25000, "75.15 with 25000"),
-            ("epochs-4", 100000, "73.65 with 100000"),
-            ("epochs-16", 5000, "83.65 with 5000"), ("epochs-16", 25000, "83.67 with 25000")):
-        flag = f"gamma-{gamma}_" * (gamma != 5000)
-        log = reproduce.complete(RECORDS / f"{epochs}_{flag}{FROM}" / at_length("atang")
-                                 .relative_to(RECORDS / FROM))
-        assert log[0]["settings"]["gamma"] == gamma and told in " ".join(SHOWN.split())
-        assert f"{log[-1]['test']:.2f}" == told.split()[0]
     fsp, alone = (reproduce.complete(at_length(methods[label]))[1]["test"]
                   for label in ("FSP", "baseline"))
     assert (f"student has {fsp:.2f} % after the first epoch of stage 2 and the baseline {alone:.2f}"
             in " ".join(SHOWN.split()))
+    earlier = reproduce.complete(RECORDS / "first_cifar10" /
+                                 at_length("baseline/wrn16_3").relative_to(RECORDS / "cifar10"))
+    assert len(earlier) == 201 and f"({earlier[-1]['test']:.2f}; label first_cifar10" in SHOWN
     docstring = " ".join((ROOT / "kd.py").read_text().split('"""')[1].split())
     last, best = (", ".join(of[name] for name in list(methods)[:3]) for of in (lasts, bests))
     assert f"{last} here, in the best epochs {best}" in docstring
@@ -215,6 +208,20 @@ def test_the_runs_on_cifar10_are_the_recorded_ones(cli):
     kept = [f"{reproduce.complete(run)[-1]['test']:.2f}" for run in
             reproduce.runs_below(RECORDS / "epochs-20_cifar10")]        # ATang, then its teacher
     assert f"teacher {kept[1]} %, student {kept[0]})" in " ".join(README.split())
+
+
+def test_atangs_weight_is_as_recorded():
+    """gamma, by the number of epochs."""
+    for epochs, gamma, told in (
+            ("epochs-4", 5000, "72.20 % with gamma = 5000"),
+            ("again_epochs-4", 5000, "72.47 on another"), ("epochs-4", 25000, "75.15 with 25000"),
+            ("epochs-4", 100000, "73.65 with 100000"),
+            ("epochs-16", 5000, "83.65 with 5000"), ("epochs-16", 25000, "83.67 with 25000")):
+        flag = f"gamma-{gamma}_" * (gamma != 5000)
+        log = reproduce.complete(RECORDS / f"{epochs}_{flag}{FROM}" /
+                                 "folder/cifar10-jeon/atang/wrn16_3-wrn16_1/seed0")
+        assert log[0]["settings"]["gamma"] == gamma and told in " ".join(SHOWN.split())
+        assert f"{log[-1]['test']:.2f}" == told.split()[0]
 
 
 def test_fsp_from_a_teacher_of_another_task_is_as_recorded():

@@ -167,9 +167,9 @@ def test_a_table_from_the_first_run_to_the_last(cli, tmp_path, monkeypatch):
     assert again.code == 1 and "5 of 7 runs are finished, 2 to go" in again.out
     assert cells(again.out) == cells(done.out)
     # a file of the logs gives the same tables; recorded once more, a run replaces its line
-    for place_of_others in ("", ", 5 of them in place of others"):
-        kept = cli("reproduce", "--record", folder, file).out
-        assert kept == f"5 finished runs of {folder} are recorded in {file}{place_of_others}\n"
+    for replaced in ("", ", 5 of them in place of others"):
+        told = cli("reproduce", "--record", folder, file).out
+        assert told == f"5 finished runs of {folder} are recorded in {file}{replaced}\n"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert {line["label"] for line in lines} == {"epochs-2_train-images-192"}
     assert len(lines) == 5 + 2 and str(tmp_path) not in file.read_text()    # two measurements
@@ -181,10 +181,10 @@ def test_a_table_from_the_first_run_to_the_last(cli, tmp_path, monkeypatch):
         shown.replace(f"{file}", f"{tmp_path}/two.jsonl/own"))
     assert "no recorded run" in cli("reproduce", *command, "--show", "--out", file / "x").refused()
     assert "data sets' lie" in cli("reproduce", "--record", place, tmp_path / "two.jsonl").refused()
-    mixed = file.read_text().replace('"bf16": false', '"bf16": true', 1)
-    (tmp_path / "mixed.jsonl").write_text(mixed)
-    mixed = cli("reproduce", *command, "--show", "--out", tmp_path / "mixed.jsonl").out
-    assert "bfloat16" in mixed and "bfloat16" not in shown
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(file.read_text().replace('"bf16": false', '"bf16": true', 1))
+    assert "bfloat16" in cli("reproduce", *command, "--show", "--out", mixed).out
+    assert "bfloat16" not in shown
     recorded = file / place.relative_to(folder) / "baseline/resnet8/seed0"
     assert "no weights to measure" in cli("reproduce", "--measure", recorded).refused()
     listed = cli("reproduce", "--table", folder, "--csv", tmp_path / "x.csv").out.splitlines()

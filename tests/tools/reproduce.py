@@ -451,8 +451,9 @@ class Plan:
         self.ready = bool(self.published or args.teacher_ckpt)      # no teacher is to be trained
         in_folder = self.dataset == "folder" and args.data_dir
         self.folder = args.data_dir.resolve().name if in_folder else ""
-        alike = not args.teacher and not args.student       # else its numbers are of others
-        self.of_paper = alike and self.table.dataset in (self.dataset, self.folder)
+        # else its numbers are of other networks, or of another data set
+        self.of_paper = (not args.teacher and not args.student
+                         and self.table.dataset in (self.dataset, self.folder))
         self.title = f"{name} ({self.table.paper}), {self.dataset} {self.folder}".strip()
         rows = {}
         for row in self.table.rows:
@@ -728,19 +729,25 @@ def differences(settings: list[dict], left_out: Iterable[str] = ()) -> list[str]
             for text in texts]
 
 
+def finished_below(place: Path) -> dict[Path, list[dict]]:
+    """The logs of the finished runs in a folder of runs, or in a file of recorded ones."""
+    found = {run: log for run in runs_below(place) if (log := complete(run))}
+    if min((len(run.relative_to(place).parts) for run in found), default=0) < 5:
+        raise UserError(f"{place} holds no finished run: name the folder of the runs, in which the "
+                        f"data sets' lie, or a file of recorded runs")
+    return found
+
+
 def list_runs(place: Path, file: Path | None = None) -> None:
     """Every finished run, the seeds of equal settings in one line; the gain on the baseline."""
     tests, settings = {}, {}
-    for run in runs_below(place):
-        log, parts = complete(run), run.relative_to(place).parts
-        if log and len(parts) >= 5 and "stage1" not in parts:
+    for run, log in finished_below(place).items():
+        parts = run.relative_to(place).parts
+        if "stage1" not in parts:
             key = ("/".join(parts[:-5]), *parts[-5:-1], str(len(log) - 1),
                    json.dumps(log[0]["settings"], sort_keys=True))
             tests.setdefault(key, {})[parts[-1]] = log[-1]["test"]
             settings[key] = ({"start": None, "optimizer": "SGD"} | log[0]["settings"]).items()
-    if not tests:
-        raise UserError(f"{place} holds no finished run: name the folder of the runs, in which the "
-                        f"data sets' lie, or a file of recorded runs")
     lines = [["folder", "data", "recipe", "method", "networks", "epochs", "mean %",
               "std", "seeds", "gain", "settings that differ"]]
     for key, own in tests.items():
@@ -750,8 +757,8 @@ def list_runs(place: Path, file: Path | None = None) -> None:
         # its settings decide, in its own folder or else in any
         bases = [other for other in tests if other[1:5] == alone != key[1:5]
                  and settings[other] <= settings[key] and own.keys() <= tests[other].keys()]
-        bases.sort(key=lambda other: other[0] != key[0])
-        told = gain(own, tests[bases[0]]).split(" ")[0] if bases else ""
+        base = min(bases, key=lambda other: other[0] != key[0], default=None)
+        told = gain(own, tests[base]).split(" ")[0] if base else ""
         middle, _, std = spread([*own.values()]).partition(" ± ")
         lines.append([*key[:6], middle, std, str(len(own)), told, named[alike.index(key)]])
     print_aligned(lines)
@@ -768,11 +775,7 @@ def record(source: Path, place: Path) -> None:
     """
     target = file_of(place) or place
     kept = dict(records(target)) if target.exists() else {}
-    found = {run: complete(run) for run in runs_below(source) if complete(run)}
-    if not found or min(len(run.relative_to(source).parts) for run in found) < 5:
-        raise UserError(f"{source} holds no finished run: name the folder of the runs, in which "
-                        f"the data sets' lie")
-    below = place.relative_to(target)
+    found, below = finished_below(source), place.relative_to(target)
     names = {run: (below / run.relative_to(source)).as_posix() for run in found}
     replaced = kept.keys() & set(names.values())
     for run, (header, *rows) in found.items():
