@@ -184,7 +184,10 @@ def test_a_table_from_the_first_run_to_the_last(cli, tmp_path, monkeypatch):
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text(file.read_text().replace('"bf16": false', '"bf16": true', 1))
     assert "bfloat16" in cli("reproduce", *command, "--show", "--out", mixed).out
-    assert "bfloat16" not in shown
+    assert "bfloat16" not in shown and "teachers:" not in shown
+    mixed = tmp_path / "teachers.jsonl"
+    mixed.write_text(re.sub(r'("teacher_hash": ")\w', r"\1x", file.read_text(), count=1))
+    assert "from 2 teachers:" in cli("reproduce", *command, "--show", "--out", mixed).out
     recorded = file / place.relative_to(folder) / "baseline/resnet8/seed0"
     assert "no weights to measure" in cli("reproduce", "--measure", recorded).refused()
     listed = cli("reproduce", "--table", folder, "--csv", tmp_path / "x.csv").out.splitlines()
