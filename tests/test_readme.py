@@ -16,6 +16,7 @@ from test_data import save
 from common import load_data
 
 README = (ROOT / "README.md").read_text()
+README_TEXT = " ".join(README.split())      # wherever its lines break
 LABS = (ROOT / "tests/course/labs.md").read_text()
 RECORDS = ROOT / "tests/reference/runs.jsonl"
 TEACHER = ROOT / "tests/reference/wrn16_3-cifar10.pt"
@@ -94,6 +95,7 @@ def test_a_student_is_used_as_the_readme_says(cli, tmp_path, capsys):
 
 
 SHOWN = README + (ROOT / "tests/reference/README.md").read_text()
+SHOWN_TEXT = " ".join(SHOWN.split())
 
 
 def driven() -> list[str]:
@@ -130,16 +132,20 @@ def test_the_gain_of_the_first_commands_is_that_of_the_recorded_runs(cli):
     assert middle > 2 * spread and len(teachers) == len(gains) > 5
     told = (f"In {len(gains)} runs, each with a teacher of its own, the gain was between "
             f"{min(gains):+.2f} and {max(gains):+.2f}: {middle:.2f} ± {spread:.2f}.")
-    assert told in " ".join(README.split())
+    assert told in README_TEXT
+
+
+def run_below(place: reproduce.Path, method: str, seed: int) -> reproduce.Path:
+    """Of a method, from WRN16-3 to WRN16-1, or of baseline/<network>."""
+    networks = "" if method.startswith("baseline/") else "wrn16_3-wrn16_1"
+    return place / method / networks / f"seed{seed}"
 
 
 def at_length(method: str, seed: int = 0) -> reproduce.Path:
     """The runs of 200 epochs; the teacher of KD's seed 0 is not yet rounded for the repo."""
-    alone = method.startswith("baseline/")
-    label = "cifar10" if alone or (method, seed) == ("kd", 0) else FROM
-    label = "epochs-150_fsp-epochs-50_" * (method == "fsp") + label
-    networks = "" if alone else "wrn16_3-wrn16_1"
-    return RECORDS / label / "folder/cifar10-jeon" / method / networks / f"seed{seed}"
+    unrounded = method.startswith("baseline/") or (method, seed) == ("kd", 0)
+    label = "epochs-150_fsp-epochs-50_" * (method == "fsp") + ("cifar10" if unrounded else FROM)
+    return run_below(RECORDS / label / "folder/cifar10-jeon", method, seed)
 
 
 def test_what_shows_of_the_papers_claims_is_in_the_recorded_runs():
@@ -152,10 +158,9 @@ def test_what_shows_of_the_papers_claims_is_in_the_recorded_runs():
             tests = []
             for method in (first, second):
                 method = method.replace("baseline", "baseline/wrn16_1")
-                networks = "" if "/" in method else "wrn16_3-wrn16_1"
-                logs = {seed: reproduce.complete(RECORDS / place / method / networks / f"seed{seed}"
-                                                 if place else at_length(method, seed))
-                        for seed in range(seeds)}
+                runs = {seed: run_below(RECORDS / place, method, seed) if place else
+                        at_length(method, seed) for seed in range(seeds)}
+                logs = {seed: reproduce.complete(run) for seed, run in runs.items()}
                 tests.append({seed: log[-1]["test"] for seed, log in logs.items() if log})
                 assert len(tests[-1]) == seeds or not place
             assert reproduce.gain(*tests) == cell, (first, second)
@@ -203,11 +208,11 @@ def test_the_runs_on_cifar10_are_the_recorded_ones(cli):
     fsp, alone = (reproduce.complete(at_length(methods[label]))[1]["test"]
                   for label in ("FSP", "baseline"))
     assert (f"student has {fsp:.2f} % after the first epoch of stage 2 and the baseline {alone:.2f}"
-            in " ".join(SHOWN.split()))
+            in SHOWN_TEXT)
     earlier = reproduce.complete(RECORDS / "first_cifar10" /
                                  at_length("baseline/wrn16_3").relative_to(RECORDS / "cifar10"))
     told = f"({earlier[-1]['test']:.2f}; label first_cifar10"
-    assert len(earlier) == 201 and told in " ".join(SHOWN.split())
+    assert len(earlier) == 201 and told in SHOWN_TEXT
     docstring = " ".join((ROOT / "kd.py").read_text().split('"""')[1].split())
     last, best = (", ".join(f"{statistics.mean(of[name].values()):.2f}"
                             for name in list(methods)[:3]) for of in (lasts, bests))
@@ -221,14 +226,14 @@ def test_the_runs_on_cifar10_are_the_recorded_ones(cli):
     for told in (f"seed 0, against which the gains without ± stand, is "
                  f"{statistics.mean(alone) - lasts['baseline'][0]:.2f} below the mean",
                  f"{float(paper['ATang+KD'].split()[0]) - atang:.2f} missing points"):
-        assert told in " ".join(README.split()), told
+        assert told in README_TEXT, told
     differences = [[lasts[a][seed] - lasts[b][seed] for seed in range(3)]
                    for a, b in (("ATang+KD", "AT+KD"), ("KD", "baseline"))]
     assert ("a std of {:.2f} (ATang to AT) to {:.2f} (KD to".format(
-        *map(statistics.stdev, differences)) in " ".join(SHOWN.split()))
+        *map(statistics.stdev, differences)) in SHOWN_TEXT)
     kept = [f"{reproduce.complete(run)[-1]['test']:.2f}" for run in
             reproduce.runs_below(RECORDS / "epochs-20_cifar10")]        # ATang, then its teacher
-    assert f"teacher {kept[1]} %, student {kept[0]})" in " ".join(README.split())
+    assert f"teacher {kept[1]} %, student {kept[0]})" in README_TEXT
 
 
 def test_atangs_weight_is_as_recorded():
@@ -239,9 +244,9 @@ def test_atangs_weight_is_as_recorded():
             ("epochs-4", 100000, "73.65 with 100000"),
             ("epochs-16", 5000, "83.65 with 5000"), ("epochs-16", 25000, "83.67 with 25000")):
         flag = f"gamma-{gamma}_" * (gamma != 5000)
-        log = reproduce.complete(RECORDS / f"{epochs}_{flag}{FROM}" /
-                                 "folder/cifar10-jeon/atang/wrn16_3-wrn16_1/seed0")
-        assert log[0]["settings"]["gamma"] == gamma and told in " ".join(SHOWN.split())
+        place = RECORDS / f"{epochs}_{flag}{FROM}" / "folder/cifar10-jeon"
+        log = reproduce.complete(run_below(place, "atang", 0))
+        assert log[0]["settings"]["gamma"] == gamma and told in SHOWN_TEXT
         assert f"{log[-1]['test']:.2f}" == told.split()[0]
 
 

@@ -707,15 +707,16 @@ def show(plan: Plan) -> None:
     print_markdown(cells)
     if len({settings.get("bf16") for settings in found}) > 1:
         print("\nSome of these runs are in bfloat16, others in float32.")
-    teachers = {}       # of each, the hashes; of earlier runs they are longer
+    taught = {}     # the hashes of each teacher; in earlier logs they are longer
     for row in plan.rows:
-        if "--teacher-epochs" not in row.command:
-            teachers.setdefault(plan.checkpoint(row), set()).update(
-                log[0]["settings"].get("teacher_hash", "")[:8] for log in logs[row[:4]].values())
-    for path, hashes in teachers.items():
-        if len(hashes - {""}) > 1:
-            print(f"\nThese students have learnt from {len(hashes - {''})} teachers: {path} has "
-                  f"been exchanged, or trained again.")
+        for log in logs[row[:4]].values():
+            known = log[0]["settings"].get("teacher_hash")
+            if known and "--teacher-epochs" not in row.command:     # which stops one of its own
+                taught.setdefault(plan.checkpoint(row), set()).add(known[:8])
+    for path, hashes in taught.items():
+        if len(hashes) > 1:
+            print(f"\nThese students have learnt from {len(hashes)} teachers: {path} has been "
+                  f"exchanged, or trained again.")
     if plan.table.note and plan.of_paper:
         print("\n" + plan.table.note)
     if plan.table.measured:
