@@ -17,7 +17,7 @@ of each group of blocks, to have the teacher's map; the widths of the two may di
     Q/||Q||  attention_map()   (N, H*W)         tau      temperature      4
 
 Run:
-    python at.py --dataset shapes                         5 min with teacher: 87.3 % (5 seeds)
+    python at.py --dataset shapes                 3 to 11 min with teacher: 87.3 % (5 seeds)
     python at.py --teacher wrn16_3 --student wrn16_1      AT+KD on CIFAR-10, a GPU: 85.1 % (3 seeds)
     python at.py --recipe cifar10-zagoruyko               AT alone, by the recipe of its own paper
 

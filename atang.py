@@ -21,7 +21,7 @@ drives object (positive) and background (negative) apart; the student learns the
     z, v     the paper's logits a_S, a_T        tau, lambda            4, 0.9
 
 Run:
-    python atang.py --dataset shapes                         5 min with teacher: 87.5 % (5 seeds)
+    python atang.py --dataset shapes                 3 to 11 min with teacher: 87.5 % (5 seeds)
     python atang.py --teacher wrn16_3 --student wrn16_1      CIFAR-10, a GPU: 84.8 % (3 seeds)
     python tests/tools/reproduce.py atang-2                  Table 2; -3 to -5, -gamma, -margin
 

@@ -30,13 +30,13 @@ Departures from the papers and from known code:
     papers say only that all are equal. A sum of fourth powers of features can have any size: with 1
     a WRN16-1 diverges at once. So lambda_i is --fsp-weight divided by the teacher's own
     sum_i ||G_i^T||^2, a mean over one batch, and the term is an error relative to the teacher.
- 3. "Three sections" is all that is said of the layers. F1 is the output of a section's first block
-    here, F2 of its last. A section of one block has no other first map than the one inside the
-    block (ResNet, WRN) or what enters it (VGG). A larger F1 is max-pooled to F2's size, as in the
-    paper. Teacher and student may differ in size: G does not depend on it.
+ 3. "Three sections" is all that Liu's text says of layers. F1 is the output of a section's first
+    block here, F2 of its last. A section of one block has no other first map than the one inside
+    the block (ResNet, WRN) or what enters it (VGG). A larger F1 is max-pooled to F2's size, as in
+    the paper. Unlike there, teacher and student may differ in size: the shape of G is the same.
  4. Recipes: at a batch size of 128, which is ours, 64,000, 32,000 and 21,000 iterations are 164, 82
     and 54 epochs. The flip beside the crop is ours. Stage 1's 32,000 are Table 1's 95k - 63k, with
-    the milestones stretched. On CIFAR-10 stage 1 had 21,000: cifar100-third and --fsp-epochs 54.
+    the milestones stretched. CIFAR-10's were 21,000; with a star: cifar100-third, --fsp-epochs 54.
  5. Every student has a stage 1 of its own unless --shared-stage1, as in Table 1. The classifier is
     copied untrained; BatchNorm statistics follow stage 1. A teacher's classifier is not used: one
     trained for another task will do, with a classifier of this task's size (tests/reference).
@@ -71,7 +71,7 @@ RECIPES = {
     "cifar100-yim": dict(YIM, epochs=164, milestones=[32 / 64, 48 / 64], fsp_epochs=82),
     "cifar100-third": dict(YIM, epochs=54, milestones=[11 / 21, 16 / 21], fsp_epochs=82,
                            shared_stage1=True),
-    # the other scripts', so that they share teachers and baselines; CRD has 30 epochs of stage 1
+    # the other scripts', to share teachers and baselines; of CRD's stage 1 only its 30 epochs
     "cifar100-crd": dict(YIM, epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4, fsp_epochs=30,
                          milestones=[150 / 240, 180 / 240, 210 / 240]),
     "cifar10-jeon": dict(YIM, epochs=200, milestones=[40 / 200, 80 / 200, 120 / 200, 160 / 200],
@@ -103,7 +103,7 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
 def fsp_loss(student_pairs: list[tuple], teacher_pairs: list[tuple]) -> Tensor:
     """Eq. 2 without lambda_i: L_FSP, a scalar in the units of a feature to the fourth power.
 
-    Lists of (first, second), one pair of maps a section. SUM over the entries of each matrix and
+    Lists of (first, second), one pair of maps per section. SUM over the entries of each matrix and
     over the pairs, mean over the batch; the teacher gets no gradient. ValueError where the numbers
     of pairs differ, or the widths: then it says to connect the maps.
     """
@@ -149,7 +149,7 @@ def losses(student, teacher, images, labels, args) -> tuple[Tensor, dict[str, Te
 
 @torch.no_grad()
 def lambda_of(teacher: nn.Module, loader, seed: int, args: argparse.Namespace) -> float:
-    """lambda_i of Eq. 2, equal for all pairs: departure 2, on the first batch there is."""
+    """lambda_i of Eq. 2, equal for all pairs: departure 2, measured on one batch."""
     loader.set_epoch(0, seed)
     taps = teacher(next(iter(loader))[0], taps=True)
     squares = [fsp_matrix(*pair).square().sum() for pair in zip(taps.entries, taps.stages)]

@@ -16,7 +16,7 @@ learns from the teacher's soft labels and, with the rest of the weight, from the
     v        teacher_logits    (N, K)         lambda   kd_weight        0.9
 
 Run:
-    python kd.py --dataset shapes                          5 min with teacher: 85.4 % (5 seeds)
+    python kd.py --dataset shapes                  3 to 11 min with teacher: 85.4 % (5 seeds)
     python kd.py --dataset shapes --baseline               the student alone: 82.1 % (5 seeds)
     python kd.py --teacher wrn16_3 --student wrn16_1       CIFAR-10, a GPU: 84.5 % (3 seeds)
 
@@ -155,9 +155,9 @@ def parse_args() -> argparse.Namespace:
     add("--recipe", choices=RECIPES, help="whose defaults stand below")
     add("--baseline", action="store_true", help="train the student with cross-entropy alone")
     either = parser.add_mutually_exclusive_group().add_argument         # not both
-    either("--teacher-ckpt", type=Path, help="file; None: the teacher's baseline run in --out")
+    either("--teacher-ckpt", type=Path, help="file, or torchvision's name; None: a run in --out")
     either("--teacher-epochs", type=int, help="stop the teacher's training after so many")
-    add("--student-ckpt", type=Path, help="file whose weights the student starts from")
+    add("--student-ckpt", type=Path, help="what the student starts from: file, or name")
     add("--distill-epochs", type=int, help="distil for so many, then cross-entropy alone")
     add("--seed", type=int, default=0, help="of the first student")
     add("--runs", type=int, default=1, help="number of students, seed after seed")

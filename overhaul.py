@@ -17,7 +17,7 @@ teacher is negative it need only stay below max(F_t, m), m the channel's expecte
     r(F_s)   student_maps      (N, C, H, W)     m_C      channel_margin()   (C,)
 
 Run:
-    python overhaul.py --dataset shapes                       5 min with teacher: 90.2 % (5 seeds)
+    python overhaul.py --dataset shapes               3 to 11 min with teacher: 90.2 % (5 seeds)
     python overhaul.py --teacher wrn16_3 --student wrn16_1    CIFAR-10, a GPU: 86.5 % (1 seed)
     python overhaul.py --dataset scenes --teacher deeplab_resnet8 --student deeplab_resnet8_half
 
@@ -25,13 +25,13 @@ Departures from the paper and from the authors' code:
  1. L_distill is summed over channels and pixels and divided by the batch size, as in the code; the
     paper leaves the batch out. Eq. 4's T is the transformed teacher, sigma_m(F_t), as in Eq. 5.
  2. channel_margin holds for any gamma and beta; the code puts -3 sigma where less than 0.1 % of a
-    channel is negative: there -0.28 sigma is true. Eq. 9 means sqrt(2 pi) sigma. A ResNet's map is
+    channel is negative: -0.28 sigma to 0 is true. Eq. 9 means sqrt(2 pi) sigma. A ResNet's map is
     BatchNorm plus shortcut: its margin is the BatchNorm's, as in the code (Appendix A averages).
  3. Section 3.3 wants the teacher's BatchNorm in training mode; the code's then updates its running
     statistics, our copy has none. In Tables 8 and 9, too, all connectors have a BatchNorm here.
- 4. Recipes cifar100-heo (settings e, f: --batch-size 64) and imagenet-heo (epoch 30 has the lower
-    rate) are the paper's; nesterov, weight decay and padding the code's, whose momentum starts anew
-    at each drop and whose CIFAR-100 has CIFAR-10's mean. No mixup, with which PyramidNet learnt.
+ 4. cifar100-heo (settings e, f: --batch-size 64) and imagenet-heo (epoch 30 has the lower rate) are
+    the paper's; momentum, decay, padding, ImageNet's batch size the code's, which starts momentum
+    anew at drops, with CIFAR-10's mean on CIFAR-100. No mixup for PyramidNet. The rest: kd.py's.
  5. voc-heo (Table 6) is the code's, but poly, (1 - t)^0.9, falls by epochs in steps of a fifth. Not
     here: ten times the rate for ASPP, decoder and connectors, the connectors' epoch before, blur.
     No dropout while distilling, by Appendix B. No Table 5: SSD's layers on ResNets are not given.
@@ -70,12 +70,12 @@ RECIPES = {
     "shapes": dict(JEON, epochs=15, batch_size=32, lr=0.05, weight_decay=5e-4, augment=True,
                    milestones=[0.6, 0.8, 0.95]),        # ours, found on the validation split
 }
-RECIPES["scenes"] = dict(RECIPES["shapes"], epochs=30, batch_size=16, lr=0.1, alpha=1e-4)
+RECIPES["scenes"] = dict(RECIPES["shapes"], epochs=30, batch_size=16, lr=0.1, alpha=1e-4)     # ours
 METHOD_FLAGS = {"alpha": dict(help="weight of L_distill"),
     "layers": dict(choices=["all", "last"], help="which are distilled"),
     "position": dict(choices=["end", "pre-relu"], help="of a group, or before the next ReLU"),
     "distance": dict(choices=["l2", "partial-l2"], help="l2: to the teacher's map as it is"),
-    "teacher_bn": dict(choices=["batch", "running"], help="what it normalises by, teaching")}
+    "teacher_bn": dict(choices=["batch", "running"], help="statistics it teaches by")}
 
 
 def channel_margin(norm: nn.BatchNorm2d) -> Tensor:
@@ -101,7 +101,7 @@ def margin_relu(feature: Tensor, margin: Tensor) -> Tensor:
 def partial_l2(student: Tensor, teacher_target: Tensor) -> Tensor:
     """Eq. 4: d_p(T, S), T the margin ReLU's output, both (N, C, H, W) -> a scalar, their SUM.
 
-    Where S <= T <= 0 the student is right: no loss, no gradient. Unequal: ValueError, "connector".
+    Where S <= T <= 0 the student is right: no loss, no gradient. Unequal shapes: a ValueError.
     """
     if student.shape != teacher_target.shape:
         raise ValueError(f"{(*student.shape,)} and {(*teacher_target.shape,)} want a connector")
@@ -130,7 +130,7 @@ def overhaul_loss(student_maps: list[Tensor], teacher_maps: list[Tensor], margin
 
 
 class Connector(nn.Sequential):
-    """r of Eq. 5: 1x1 convolution to the teacher's channels and BatchNorm, trained along."""
+    """r of Eq. 5: 1x1 convolution to the teacher's channels and BatchNorm; both learn."""
     def __init__(self, student_channels: int, teacher_channels: int):
         super().__init__(nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
                          nn.BatchNorm2d(teacher_channels))
@@ -161,11 +161,11 @@ class Connected(nn.Module):
 
 
 def prepared(teacher: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """A copy with margins, which normalises by the batch also in eval mode (Section 3.3)."""
+    """A copy with margins; by default it normalises by the batch in eval mode too (Section 3.3)."""
     teacher = copy.deepcopy(teacher)
     margins = [channel_margin(norm) for norm in teacher.pre_relu_norms]
     teacher.margins = margins[-1:] if args.layers == "last" else margins
-    teacher.weights = getattr(teacher, "layer_weights", [])[-len(teacher.margins):]
+    teacher.weights = getattr(teacher, "layer_weights", [])[-len(teacher.margins):]     # DeepLab's
     for module in teacher.modules():
         if isinstance(module, nn.BatchNorm2d) and args.teacher_bn == "batch":
             module.running_mean = module.running_var = None

@@ -9,7 +9,7 @@ wastes its capacity on that length learns worse from a better teacher. SKD puts 
 networks on one sphere: what is left to match is their direction, which class resembles which.
 
     G_entropy = S(p) - S(q),  G_f = F(v) - F(z)   of raw logits: entropy, free energy   Eq. 6, 10
-    both grow with ||v||^2 - ||z||^2 (Theorems 1, 2; 1's constant needs halving): see --measure
+    both grow with ||v||^2 - ||z||^2, for centred logits (Theorems 1, its constant halved, and 2)
     z^ = z / ||z||,   v^ = v / ||v||                          the alignment layer        Eq. 15
     p = softmax(z^ / tau),   q = softmax(v^ / tau)
     L_SKD = -sum_i q_i log p_i,   L = lambda L_SKD + (1 - lambda) L_cls                  Eq. 16
@@ -20,7 +20,7 @@ networks on one sphere: what is left to match is their direction, which class re
     z^, v^   spherical()       (N, K)         -        scale            2 (departure 1)
 
 Run:
-    python skd.py --dataset shapes                           5 min with teacher: 76.4 % (5 seeds)
+    python skd.py --dataset shapes                   3 to 11 min with teacher: 76.4 % (5 seeds)
     python skd.py --teacher wrn16_3 --student wrn16_1        CIFAR-10, a GPU: 84.1 % (1 seed)
     python tests/tools/reproduce.py skd-7                    Table 7; -1 to -6 as well
 
@@ -33,15 +33,15 @@ Departures from the paper and from the authors' code:
     vector brought to the teacher's std for the same image. Both with the factor tau^2, which
     literal has not; all with KL for L_SKD, which differs from it by the teacher's entropy alone.
  2. L_cls is cross-entropy on the student's aligned logits, as the code has it and its author says
-    is needed; with --scale literal, of which the paper says nothing, on the raw ones.
+    is needed. The paper does not say on which: with --scale literal it is on the raw ones.
     --scale none leaves the logits as they are: this is kd.py to the bit.
- 3. Recipe cifar100-crd is that of CRD's tables, where the paper's rows come from (MobileNetV2 and
+ 3. Recipe cifar100-crd is that of CRD's tables, the source of all rows but SKD's (MobileNetV2 and
     ShuffleNets: --lr 0.01); batch size and weight decay are named for ImageNet alone: imagenet-guo.
     The paper says nesterov, the code does not; lambda falls with the epochs in the code alone.
- 4. Recipes cifar10-jeon and shapes are kd.py's. On shapes SKD loses to KD, by aligning the student
-    (aligning the teacher alone costs nothing). With --scale teacher we know why: the gradient of
-    z / ||z|| goes with 1 / ||z||, and a fresh student's short logits are driven to five times the
-    teacher's length in an epoch. With --scale 2 they are not: see tests/reference/README.md.
+ 4. Recipes cifar10-jeon and shapes are kd.py's. By both SKD ends below KD; on shapes by aligning
+    the student (aligning the teacher alone costs nothing). --scale teacher is worse: the gradient
+    of z / ||z|| goes with 1 / ||z||, and a fresh student's short logits are driven to five times
+    the teacher's length in an epoch. With --scale 2 they are not: see tests/reference/README.md.
 """
 import argparse
 import hashlib
@@ -126,9 +126,9 @@ def skd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float,
              scale: float | str, center: bool = False) -> Tensor:
     """Eq. 16 with the factor tau^2: tau^2 KL(softmax(v^ / tau) || softmax(z^ / tau)), a scalar.
 
-    Raw logits z and v, both (N, K); both get the length `scale`, --scale times sqrt(K), or with
-    "teacher" each z the deviation of its v. In tau^2 nats, summed over the K classes, averaged
-    over the batch; the teacher gets no gradient.
+    Raw logits z and v, both (N, K), are brought to the length `scale` (--scale times sqrt(K), or 1
+    for literal), or with "teacher" each z to the std of its v. In tau^2 nats, summed over the K
+    classes, averaged over the batch; the teacher gets no gradient.
     """
     if scale == "teacher":
         return kd_loss(as_teacher(student_logits, teacher_logits), teacher_logits, temperature)

@@ -1097,7 +1097,7 @@ def add_plan_flags(add: Callable) -> None:
     add("--student", help="network, of all rows")
     add("--epochs", type=positive, help="of all rows")
     add("--teacher-ckpt", type=Path, help="this teacher for all rows, or of the runs to measure")
-    add("--runs", type=positive, help="seeds of each row; else as the paper has it")
+    add("--runs", type=positive, help="seeds of each row; else as the paper has it, or 3")
     add("--data-dir", type=Path, help="where the data set is")
 
 
@@ -1112,9 +1112,9 @@ def main() -> None:
     add("--measure", type=Path, nargs="+", metavar="RUN", help="runs' folders")
     add_plan_flags(add)
     add("--jobs", type=positive, default=1 if torch.cuda.is_available() else usual_workers(),
-        help="runs side by side, one thread each on a CPU; on a GPU more pay only under MPS")
+        help="runs side by side (%(default)s), on a CPU a thread each; on a GPU under MPS")
     add("--show", action="store_true", help="print what is finished, train nothing")
-    add("--out", type=Path, default="runs/tables", help="the folder of the tables' runs")
+    add("--out", type=Path, default="runs/tables", help="folder of the tables' runs (%(default)s)")
     args, extra = parser.parse_known_args()
     alone = args.table or args.measure or args.record or not args.name
     if extra and (alone or not extra[0].startswith("--")):
