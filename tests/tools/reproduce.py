@@ -1061,11 +1061,14 @@ def operations(name: str, image_size: int) -> int:
 def hours(job: Job) -> float:
     """Rough: a step costs three forward passes of the student and one of the teacher."""
     args = parsed(job.line[0], job.line[1:])
-    cost, epochs = 3 * operations(args.student, args.image_size), args.epochs
+    cost, epochs, once = 3 * operations(args.student, args.image_size), args.epochs, 0
     if not args.baseline:
-        cost += operations(args.teacher, args.image_size)
+        teacher = operations(args.teacher, args.image_size)
+        cost += teacher
         epochs += getattr(args, "fsp_epochs", 0)        # FSP's first stage
-    return len(job.runs) * epochs * IMAGES.get(args.dataset, 50_000) * cost / RATE / 3600
+        once = 3 * teacher * (args.teacher_epochs or 0)         # a teacher that its row trains
+    total = len(job.runs) * epochs * cost + once
+    return total * IMAGES.get(args.dataset, 50_000) / RATE / 3600
 
 
 def list_tables(args: argparse.Namespace) -> None:
