@@ -243,9 +243,9 @@ def parse_args() -> argparse.Namespace:
     add("--recipe", choices=RECIPES, help="whose defaults stand below")
     add("--baseline", action="store_true", help="train the student with cross-entropy alone")
     either = parser.add_mutually_exclusive_group().add_argument         # not both
-    either("--teacher-ckpt", type=Path, help="file; None: the teacher's baseline run in --out")
+    either("--teacher-ckpt", type=Path, help="file, or torchvision name; None: its run in --out")
     either("--teacher-epochs", type=int, help="stop the teacher's training after so many")
-    add("--student-ckpt", type=Path, help="file whose weights the student starts from")
+    add("--student-ckpt", type=Path, help="file, or torchvision name, to start from")
     add("--distill-epochs", type=int, help="distil for so many, then cross-entropy alone")
     add("--seed", type=int, default=0, help="of the first student")
     add("--runs", type=int, default=1, help="number of students, seed after seed")
