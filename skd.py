@@ -35,7 +35,7 @@ Departures from the paper and from the authors' code:
  2. L_cls is cross-entropy on the student's aligned logits, as the code has it and its author says
     is needed. The paper does not say on which: with --scale literal it is on the raw ones.
     --scale none leaves the logits as they are: this is kd.py to the bit.
- 3. Recipe cifar100-crd is that of CRD's tables, the source of all rows but SKD's (MobileNetV2 and
+ 3. Recipe cifar100-crd is that of CRD's tables, source of the paper's other rows (MobileNetV2 and
     ShuffleNets: --lr 0.01); batch size and weight decay are named for ImageNet alone: imagenet-guo.
     The paper says nesterov, the code does not; lambda falls with the epochs in the code alone.
  4. Recipes cifar10-jeon and shapes are kd.py's. By both SKD ends below KD; on shapes by aligning

@@ -379,6 +379,15 @@ def test_bad_arguments_and_the_list_of_all_tables(cli, tmp_path, monkeypatch):
     assert all(f"\n{name} " in listed for name in reproduce.TABLES)
 
 
+def test_the_hours_of_a_row_that_trains_its_own_teacher():
+    """With all of the teacher's epochs they are those of teacher and student apart."""
+    def hours(*words: str) -> float:
+        return reproduce.hours(reproduce.Job(("kd.py", "--epochs", "8", *words), (Path(),), None))
+
+    apart = hours() + hours("--baseline", "--student", "wrn16_3")
+    assert hours("--teacher-epochs", "8") == pytest.approx(apart)
+
+
 @pytest.mark.parametrize("classes", [None, [0, 2, 1, 1]])
 def test_grad_cam_is_the_papers_equations(classes):
     """Eq. 1 and 2 in NumPy, of two 1x1 convolutions and a linear head over means."""

@@ -226,7 +226,8 @@ def main() -> None:
     add("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
     add("--forms", nargs="+", choices=FORMS,
         default=[form for form in FORMS if form != "graph" or device == "cuda"])
-    add("--steps", type=positive, default=200 if device == "cuda" else 10, help="%(default)s timed")
+    add("--steps", type=positive, default=200 if device == "cuda" else 10,
+        help="per epoch (%(default)s)")
     add("--batch", type=positive, default=128, help="images per step (%(default)s)")
     add("--repeats", type=positive, default=3, help="the median counts (%(default)s)")
     add("--workers", type=int, default=min(16, os.cpu_count()), help="of torchvision's loaders")

@@ -1115,7 +1115,8 @@ def main() -> None:
     add("--measure", type=Path, nargs="+", metavar="RUN", help="runs' folders")
     add_plan_flags(add)
     add("--jobs", type=positive, default=1 if torch.cuda.is_available() else usual_workers(),
-        help="runs side by side (%(default)s), on a CPU a thread each; on a GPU under MPS")
+        help="runs side by side (%(default)s), on a CPU a thread each; on a GPU more pay only "
+             "under MPS")
     add("--show", action="store_true", help="print what is finished, train nothing")
     add("--out", type=Path, default="runs/tables", help="folder of the tables' runs (%(default)s)")
     args, extra = parser.parse_known_args()
