@@ -38,10 +38,10 @@ Departures from the paper and from the authors' code:
  3. Recipe cifar100-crd is that of CRD's tables, source of the paper's other rows (MobileNetV2 and
     ShuffleNets: --lr 0.01); batch size and weight decay are named for ImageNet alone: imagenet-guo.
     The paper says nesterov, the code does not; lambda falls with the epochs in the code alone.
- 4. Recipes cifar10-jeon and shapes are kd.py's. By both SKD ends below KD, by the first within
-    chance; on shapes it is aligning the student that costs. There --scale teacher is worse: the
-    gradient of z / ||z|| goes with 1 / ||z||, and a fresh student's short logits are driven to
-    five times the teacher's length in an epoch. With 2 they are not: tests/reference/README.md.
+ 4. Recipes cifar10-jeon and shapes are kd.py's. By both SKD ends below KD (by the first, after 200
+    epochs, within chance); on shapes it is aligning the student that costs. There --scale teacher
+    is worse: the gradient of z / ||z|| goes with 1 / ||z||, and a fresh student's short logits are
+    driven to five times the teacher's length in an epoch; with 2 they are not: tests/reference.
 """
 import argparse
 import hashlib
